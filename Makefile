@@ -1,0 +1,59 @@
+# make book       the book as HTML in _build/html
+# make test       everything that "done" means
+# make test-all   make test and what takes longer
+# make env        the environment alone
+# make chapter NB=book/01_query_key_value.ipynb    test one notebook while writing
+# make run NB=book/01_query_key_value.ipynb        execute it and save it clean
+# make clean      remove what was built, the environment too
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
+READY := $(VENV)/.ready
+NOTEBOOKS := $(wildcard book/*.ipynb)
+
+.PHONY: env book test test-all test-second-machine test-colab chapter run format clean
+
+env: $(READY)
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -c "open('$(READY)', 'w').close()"
+
+book: env
+	$(BIN)/jupyter-book build -W -n --keep-going .
+	@echo
+	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-all: test test-second-machine test-colab
+	MHA_DRAWS=200 $(BIN)/python -m pytest tests
+
+# The notebooks once more as on another machine: plain CPU kernels, another number of threads.
+test-second-machine: env
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest book
+
+# Each notebook alone in an empty folder, with the versions that Colab has.
+test-colab: env
+	$(BIN)/python tools/colab.py $(NOTEBOOKS)
+
+chapter: env
+	$(BIN)/python -m pytest $(NB)
+
+run: env
+	$(BIN)/python tools/notebook.py $(NB)
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf _build dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache $(VENV) $(VENV)-colab
