@@ -293,7 +293,7 @@ def _dense(name: str, value: object) -> Tensor:
 
 
 def _autocasts(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _is_floating(dtype: torch.dtype) -> bool:
@@ -321,7 +321,8 @@ def _check_broadcast(name: str, tensor: Tensor, scores: dict[str, int]) -> None:
     sizes = tuple(scores.values())
     shape = tuple(tensor.shape)
     fits = len(shape) <= len(sizes) and all(
-        have == 1 or have == want for have, want in zip(shape[::-1], sizes[::-1], strict=False)
+        have == 1 or have == want
+        for have, want in zip(shape[::-1], sizes[::-1][: len(shape)], strict=True)
     )
     if fits:
         return

@@ -206,7 +206,7 @@ def alibi_bias(
         device=distance.device,
         dtype=torch.promote_types(dtype, torch.float32),
     )
-    return (-rearrange(slopes, "h -> h 1 1") * distance.abs()).to(dtype)
+    return (rearrange(slopes, "h -> h 1 1") * -distance.abs()).to(dtype)
 
 
 def _alibi_slopes(num_heads: int) -> list[float]:

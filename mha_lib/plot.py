@@ -1,4 +1,4 @@
-"""Pictures of attention weights. Needs matplotlib: ``pip install mha-lib[plot]``. Shown in chapter 1 of the book."""
+"""Pictures of attention weights. Needs matplotlib, the extra ``plot``. Shown in chapter 1 of the book."""
 
 from __future__ import annotations
 

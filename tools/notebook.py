@@ -37,7 +37,7 @@ def execute(path: Path) -> float:
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what differs from run to run or from editor to editor."""
+    """Drop what differs from run to run or from editor to editor; keep errors short, as a page shows them."""
     kept = {
         key: notebook.metadata[key] for key in KEPT_NOTEBOOK_METADATA if key in notebook.metadata
     }
@@ -55,6 +55,8 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs = merge_streams(cell.outputs)
             for output in cell.outputs:
                 output.pop("metadata", None)
+                if output.output_type == "error":
+                    output.traceback = [f"{output.ename}: {output.evalue}"]
                 if output.output_type in ("display_data", "execute_result"):
                     output.metadata = nbformat.from_dict({})
     return notebook
