@@ -1,7 +1,8 @@
 """Teaches nbval to compare figures, and to run the notebooks on the device that the run is for.
 
 MHA_BOOK_DEVICE=cpu (the default) hides every GPU from the notebooks. MHA_BOOK_DEVICE=cuda demands one, and each
-notebook that computes must then have allocated memory on it.
+notebook that chooses a device must then have allocated memory on it. Where CI=true, a run whose skipped tests are not
+those of tests/expected_skips.txt fails.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import nbval.plugin
@@ -19,12 +21,13 @@ from PIL import Image
 
 from tests.tolerances import FIGURE_RMS
 
+EXPECTED_SKIPS = "tests/expected_skips.txt"
 BOOK_DEVICE = os.environ.get("MHA_BOOK_DEVICE", "cpu")
-CUDA_PROBE = """
-import torch
-assert torch.cuda.is_available(), "no CUDA device"
-assert torch.cuda.max_memory_allocated() > 0, "the notebook allocated nothing on the GPU"
-"""
+CHOOSES_DEVICE = "torch.cuda.is_available()"
+CUDA_THERE = "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+CUDA_USED = (
+    "assert torch.cuda.max_memory_allocated() > 0, 'the notebook allocated nothing on the GPU'"
+)
 
 
 class BookCell(nbval.plugin.IPyNbCell):  # type: ignore[misc]
@@ -59,9 +62,9 @@ class DeviceItem(pytest.Item):
 
     def runtest(self) -> None:
         """Run the probe in the notebook's own kernel."""
-        kernel = self.parent.kernel  # type: ignore[union-attr]
-        reply = kernel.await_reply(
-            kernel.execute_cell_input(self.probe, allow_stdin=False), timeout=60
+        client = self.parent.kernel.kc  # type: ignore[union-attr]
+        reply = client.execute_interactive(
+            self.probe, allow_stdin=False, output_hook=lambda message: None, timeout=60
         )
         if reply["content"]["status"] != "ok":
             pytest.fail(f"{reply['content']['ename']}: {reply['content']['evalue']}", pytrace=False)
@@ -70,15 +73,91 @@ class DeviceItem(pytest.Item):
 class BookNotebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
     """A notebook; in a CUDA run with one more item that looks at the GPU."""
 
+    def setup(self) -> None:
+        """Start the kernel; in a CPU run it sees no GPU, while the tests in this process keep theirs."""
+        with pytest.MonkeyPatch.context() as environment:
+            if BOOK_DEVICE == "cpu":
+                environment.setenv("CUDA_VISIBLE_DEVICES", "")
+            super().setup()
+
     def collect(self) -> Iterator[pytest.Item]:
         """Yield the cells, then the device item."""
-        yield from super().collect()
+        for cell in super().collect():
+            yield BookCell.from_parent(
+                self, name=cell.name, cell_num=cell.cell_num, cell=cell.cell, options=cell.options
+            )
         if BOOK_DEVICE == "cuda":
-            yield DeviceItem.from_parent(self, name="used CUDA", probe=CUDA_PROBE)
+            computes = any(CHOOSES_DEVICE in cell.source for cell in self.nb.cells)
+            probe = f"{CUDA_THERE}\n{CUDA_USED if computes else ''}"
+            yield DeviceItem.from_parent(self, name="used CUDA", probe=probe)
 
 
-nbval.plugin.IPyNbCell = BookCell
-nbval.plugin.IPyNbFile = BookNotebook
+class SkipWatch:
+    """Fails the run when tests were skipped that should not be, or the other way round."""
+
+    def __init__(self, expected: set[str]) -> None:
+        self.expected = expected
+        self.reported: set[str] = set()
+        self.skipped: set[str] = set()
+        self.problems: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Remember a test's outcome."""
+        self._remember(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Remember a whole module that was skipped while it was imported."""
+        self._remember(report)
+
+    def _remember(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        self.reported.add(report.nodeid)
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skipped.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Turn a run that would pass into one that fails."""
+        self.problems = skip_problems(self.skipped, self.reported, self.expected)
+        if self.problems and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say why."""
+        for problem in self.problems:
+            terminalreporter.write_line(problem, red=True)
+
+
+def skip_problems(skipped: set[str], reported: set[str], expected: set[str]) -> list[str]:
+    """What differs between the skipped tests and the expected ones; tests that were not collected do not count."""
+    surprising = [
+        f"{test} was skipped, but is not in {EXPECTED_SKIPS}" for test in sorted(skipped - expected)
+    ]
+    stale = [
+        f"{test} is in {EXPECTED_SKIPS}, but was not skipped"
+        for test in sorted((expected & reported) - skipped)
+    ]
+    return surprising + stale
+
+
+def expected_skips(root: Path) -> set[str]:
+    """The tests that a machine without a GPU skips; a machine with one skips none."""
+    import torch
+
+    lines = (root / EXPECTED_SKIPS).read_text().splitlines()
+    listed = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    return set() if torch.cuda.is_available() else listed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(
+    file_path: Path, parent: pytest.Collector
+) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Read notebooks as BookNotebook where nbval would as its own class."""
+    return [
+        BookNotebook.from_parent(parent, path=file_path)
+        if isinstance(collector, nbval.plugin.IPyNbFile)
+        else collector
+        for collector in (yield)
+    ]
 
 
 def figures(outputs: Any) -> list[str]:
@@ -100,7 +179,9 @@ def figure_distance(new: str, old: str) -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the device for the notebooks' kernels, which inherit this environment."""
+    """Check the device that the run is for; in CI, watch the skipped tests."""
     if BOOK_DEVICE not in ("cpu", "cuda"):
         raise pytest.UsageError(f"MHA_BOOK_DEVICE must be cpu or cuda, got {BOOK_DEVICE}")
     os.environ["PYTHONHASHSEED"] = "0"
+    if os.environ.get("CI") == "true" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SkipWatch(expected_skips(config.rootpath)), "skip-watch")

@@ -1,0 +1,103 @@
+"""The real book: each page, the code it shares with the library, its exercises, and the built site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import book_checks, code_checks, exercise_checks, site_checks
+from tests.support import ROOT
+
+PACKAGE = ROOT / "mha_lib"
+PAGES = book_checks.toc_pages(ROOT)
+NOTEBOOKS = [page for page in PAGES if page.suffix == ".ipynb"]
+YOUR_TURN = [page for page in NOTEBOOKS if page.name.startswith("your_turn_")]
+CHAPTERS = [page for page in NOTEBOOKS if page.name[0].isdigit()]
+TEXTS = [*PAGES, *sorted(ROOT.glob("*.md")), *sorted(PACKAGE.glob("*.py"))]
+
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+each_exercise = pytest.mark.parametrize("notebook", YOUR_TURN, ids=lambda path: path.stem)
+
+
+def test_the_table_of_contents_names_the_pages_there_are() -> None:
+    assert book_checks.toc_problems(ROOT) == []
+
+
+@each_notebook
+def test_notebooks_are_clean_and_executed(notebook: Path) -> None:
+    assert book_checks.hygiene(notebook) == []
+
+
+@each_notebook
+def test_numbers_in_the_prose_come_from_cells(notebook: Path) -> None:
+    assert book_checks.number_problems(notebook) == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapters_choose_their_device(chapter: Path) -> None:
+    line = 'device = "cuda" if torch.cuda.is_available() else "cpu"'
+    assert any(line in cell.source for _, cell in book_checks.code_cells(book_checks.read(chapter)))
+
+
+@each_notebook
+def test_cells_that_are_not_compared_are_listed(
+    notebook: Path,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    cells = book_checks.ignored_cells(notebook)
+    record_property("not compared", cells)
+    with capsys.disabled():
+        print("", *(f"not compared: {cell}" for cell in cells), sep="\n", end="")
+    assert len(cells) <= book_checks.MOST_IGNORED_CELLS
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.name)
+def test_the_text_does_without_these_words(page: Path) -> None:
+    assert book_checks.prose_problems(page) == []
+
+
+def test_the_code_of_the_book_is_the_code_of_the_library() -> None:
+    assert code_checks.code_problems(PACKAGE, NOTEBOOKS) == []
+
+
+def test_notebooks_import_only_what_is_built() -> None:
+    assert code_checks.import_problems(PACKAGE, NOTEBOOKS) == []
+
+
+@each_exercise
+def test_blanks_are_blank_and_whole(notebook: Path) -> None:
+    assert exercise_checks.blank_problems(notebook) == []
+
+
+@each_exercise
+def test_solutions_are_right(notebook: Path) -> None:
+    assert exercise_checks.solution_problems(notebook) == []
+
+
+@each_exercise
+def test_wrong_answers_are_diagnosed(notebook: Path) -> None:
+    wrong = exercise_checks.wrong_answers(ROOT / "tests" / "wrong_answers", notebook)
+    assert exercise_checks.wrong_answer_problems(notebook, wrong) == []
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages, built without a single warning."""
+    output = tmp_path_factory.mktemp("site")
+    done = site_checks.build_book(ROOT, output)
+    assert done.returncode == 0, "\n".join(
+        line for line in done.stderr.splitlines() if "WARNING" in line or "ERROR" in line
+    )
+    return output / "_build" / "html"
+
+
+def test_the_book_builds_without_a_warning(site: Path) -> None:
+    built = {path.stem for path in (site / "book").glob("*.html")}
+    assert {page.stem for page in PAGES} <= built
+
+
+def test_the_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    assert site_checks.remote_assets(site) == []

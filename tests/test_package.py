@@ -1,0 +1,299 @@
+"""The package as an importing project meets it: what it imports, exports, documents and ships."""
+
+from __future__ import annotations
+
+import ast
+import email
+import importlib
+import inspect
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mha_lib
+from tests.support import ROOT
+
+PACKAGE = ROOT / "mha_lib"
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+PUBLIC_API = {
+    *("attention", "reference_attention", "AttentionOutput"),
+    *("causal_mask", "padding_mask", "sliding_window_mask", "document_mask", "alibi_bias"),
+    *("split_heads", "merge_heads"),
+    *("SimpleMultiHeadAttention", "SplitMultiHeadAttention", "MultiHeadAttention"),
+    *("RotaryEmbedding", "KVCache", "diagnose", "plot_attention", "explore_attention", "convert"),
+}
+
+LEAVES = {"reference", "masks", "heads", "rotary", "cache", "tiled", "local", "triton_kernel"}
+ON_TOP = {"convert", "doctor", "plot", "explore"}
+MAY_IMPORT = {
+    **dict.fromkeys(LEAVES, LEAVES),
+    "simple": {"reference", "masks", "heads"},
+    "split": {"reference", "masks", "heads", "simple"},
+    "attention": LEAVES,
+    "multihead": LEAVES | {"attention"},
+    **dict.fromkeys(ON_TOP, MODULES.keys() | ON_TOP),
+    "_checks": set(),
+}
+FOREIGN = {"torch", "einops"}
+
+NOT_CORE = {"doctor", "convert", "plot", "triton_kernel", "_checks"}
+"""What the design leaves out of the core, and the argument checks, which hold no attention and are not in the book."""
+
+CORE_LINES, ALL_LINES = 900, 1800
+
+
+def python(code: str) -> str:
+    """The output of a program run by a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.anchor, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_import_brings_in_neither_matplotlib_nor_triton() -> None:
+    code = "import sys, mha_lib; print([m for m in ('matplotlib', 'triton') if m in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_import_is_silent() -> None:
+    code = "import warnings; warnings.simplefilter('error'); import mha_lib"
+    assert python(code) == ""
+
+
+def test_only_plotting_needs_matplotlib() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import torch, mha_lib\n"
+        "print(mha_lib.SimpleMultiHeadAttention(4, 2)(torch.zeros(1, 2, 4)).shape)\n"
+        "try: mha_lib.plot_attention(torch.eye(2), ['a', 'b'])\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    shape, error = python(code).splitlines()
+    assert shape == "torch.Size([1, 2, 4])"
+    assert "matplotlib" in error
+
+
+def test_all_is_the_public_api_as_far_as_it_exists() -> None:
+    defined = {node.name for path in MODULES.values() for node in definitions(path)}
+    exists = PUBLIC_API & (defined | ({"convert"} & MODULES.keys()))
+    assert set(mha_lib.__all__) == exists
+    assert len(mha_lib.__all__) == len(set(mha_lib.__all__))
+    assert all(hasattr(mha_lib, name) for name in mha_lib.__all__)
+
+
+def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node
+
+
+def module_level_imports(path: Path) -> Iterator[str]:
+    """The modules that run when this one is imported; neither typing blocks nor function bodies."""
+    yield from imports_run_by(ast.parse(path.read_text()))
+
+
+def imports_run_by(node: ast.AST) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield f"{'.' * child.level}{child.module}"
+        elif not isinstance(child, ast.FunctionDef) and not is_for_types(child):
+            yield from imports_run_by(child)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def own_imports(name: str) -> set[str]:
+    return {
+        module.removeprefix("mha_lib.")
+        for module in module_level_imports(MODULES[name])
+        if module.split(".")[0] == "mha_lib"
+    }
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_what_lies_below_it(name: str) -> None:
+    assert own_imports(name) <= MAY_IMPORT[name] | {"_checks"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_import_only_torch_and_einops(name: str) -> None:
+    roots = {module.split(".")[0] for module in module_level_imports(MODULES[name])}
+    assert roots - {"mha_lib"} - sys.stdlib_module_names <= FOREIGN
+
+
+def test_imports_have_no_cycle() -> None:
+    below: dict[str, set[str]] = {}
+
+    def reach(name: str, path: tuple[str, ...]) -> set[str]:
+        assert name not in path, f"{' -> '.join(path)} -> {name}"
+        if name not in below:
+            below[name] = set().union(*(reach(other, (*path, name)) for other in own_imports(name)))
+        return below[name] | {name}
+
+    for name in MODULES:
+        reach(name, ())
+
+
+def test_line_budget() -> None:
+    lines = {path.stem: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert sum(count for name, count in lines.items() if name not in NOT_CORE) <= CORE_LINES
+    assert sum(lines.values()) <= ALL_LINES
+
+
+PUBLIC: dict[str, Any] = {name: getattr(mha_lib, name) for name in mha_lib.__all__}
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+BUILT: dict[str, Any] = {
+    name: value
+    for name, value in {**FUNCTIONS, **CLASSES}.items()
+    if value is not mha_lib.AttentionOutput
+}
+
+
+def sections(doc: str) -> dict[str, str]:
+    """The text under each Google-style heading of a docstring; the summary is under ''."""
+    found, current = {"": ""}, ""
+    for line in doc.splitlines():
+        if line.rstrip(":") in ("Args", "Returns", "Raises", "Attributes", "Example"):
+            current = line.rstrip(":")
+            found[current] = ""
+        else:
+            found[current] += line + "\n"
+    return found
+
+
+def doc_of(value: object) -> dict[str, str]:
+    doc = inspect.getdoc(value)
+    assert doc
+    return sections(doc)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_open_with_one_sentence(name: str) -> None:
+    first = doc_of(PUBLIC[name])[""].splitlines()[0]
+    assert first.endswith(".")
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_docstrings_explain_each_argument(name: str) -> None:
+    documented = doc_of(BUILT[name])["Args"]
+    for parameter in inspect.signature(BUILT[name]).parameters.values():
+        assert f"\n{parameter.name}: " in f"\n{inspect.cleandoc(documented)}"
+
+
+def tensor_arguments(function: Callable[..., object]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if "Tensor" in str(p.annotation)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_give_shapes(name: str) -> None:
+    doc = doc_of(FUNCTIONS[name])
+    explained = inspect.cleandoc(doc["Args"]).replace("\n    ", " ").splitlines()
+    by_name = dict(line.split(": ", 1) for line in explained if ": " in line)
+    for argument in tensor_arguments(FUNCTIONS[name]):
+        text = by_name[argument]
+        assert ("``(" in text) or "As in :func:" in text, argument
+    if "Tensor" in str(inspect.signature(FUNCTIONS[name]).return_annotation):
+        assert "``(" in doc["Returns"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_say_what_comes_back(name: str) -> None:
+    assert doc_of(FUNCTIONS[name])["Returns"].strip()
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_docstrings_say_what_is_raised(name: str) -> None:
+    raised = doc_of(BUILT[name])["Raises"]
+    assert "TypeError: " in raised
+    assert "ValueError: " in raised
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_docstrings_have_an_example_and_a_chapter(name: str) -> None:
+    doc = inspect.getdoc(BUILT[name])
+    assert doc is not None
+    assert ">>> " in sections(doc)["Example"]
+    home = inspect.getdoc(inspect.getmodule(BUILT[name]))
+    assert "chapter " in doc + str(home)
+
+
+def public_methods() -> list[Callable[..., object]]:
+    return [
+        method
+        for owner in CLASSES.values()
+        for name, method in vars(owner).items()
+        if inspect.isfunction(method) and not name.startswith("_")
+    ]
+
+
+@pytest.mark.parametrize("method", public_methods(), ids=lambda method: str(method.__qualname__))
+def test_methods_explain_their_arguments_or_say_where(method: Callable[..., object]) -> None:
+    doc = doc_of(method)
+    names = [name for name in inspect.signature(method).parameters if name != "self"]
+    elsewhere = "arguments and result as in ``SimpleMultiHeadAttention``" in doc[""]
+    if names and not elsewhere:
+        assert all(f"{name}: " in doc["Args"] for name in names)
+        assert doc["Returns"].strip()
+        assert doc["Raises"].strip()
+    if "raise " in inspect.getsource(method):
+        assert doc["Raises"].strip()
+
+
+def test_modules_have_docstrings() -> None:
+    for name in MODULES:
+        assert inspect.getdoc(importlib.import_module(f"mha_lib.{name}"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist, built from a copy of the checkout."""
+    copy = tmp_path_factory.mktemp("build") / "checkout"
+    ignored = shutil.ignore_patterns(".*", "_build", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy / "out")]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copy / "out"
+
+
+def wheel(built: Path) -> zipfile.ZipFile:
+    (path,) = built.glob("mha_lib-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(built: Path) -> None:
+    names = {name for name in wheel(built).namelist() if ".dist-info/" not in name}
+    library = {f"mha_lib/{path.name}" for path in PACKAGE.glob("*.py")}
+    assert names == library | {"mha_lib/py.typed", "mha_lib/book.mplstyle"}
+    assert any(name.endswith("licenses/LICENSE") for name in wheel(built).namelist())
+
+
+def test_the_wheel_requires_torch_and_einops_only(built: Path) -> None:
+    (name,) = (name for name in wheel(built).namelist() if name.endswith("/METADATA"))
+    metadata = email.message_from_bytes(wheel(built).read(name))
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert sorted(required) == ["einops>=0.8", "torch>=2.6"]
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Version"] == mha_lib.__version__
+
+
+def test_the_sdist_holds_the_library_without_tests(built: Path) -> None:
+    (path,) = built.glob("mha_lib-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"mha_lib/py.typed", "mha_lib/book.mplstyle", "LICENSE", "README.md"} <= names
+    assert {f"mha_lib/{path.name}" for path in PACKAGE.glob("*.py")} <= names
+    assert not any(name.startswith(("tests", "book/", "tools")) for name in names)
