@@ -4,6 +4,7 @@
 # make env        the environment alone
 # make chapter NB=book/01_query_key_value.ipynb    test one notebook while writing
 # make run NB=book/01_query_key_value.ipynb        execute it and save it clean
+# make format     let ruff set the code right
 # make clean      remove what was built, the environment too
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard book/*.ipynb)
 
-.PHONY: env book test test-all test-second-machine test-colab chapter run format clean
+.PHONY: env book test test-all test-second-machine test-colab chapter run needs-notebook format clean
 
 env: $(READY)
 
@@ -45,11 +46,14 @@ test-second-machine: env
 test-colab: env
 	$(BIN)/python tools/colab.py $(NOTEBOOKS)
 
-chapter: env
+chapter: env needs-notebook
 	$(BIN)/python -m pytest $(NB)
 
-run: env
+run: env needs-notebook
 	$(BIN)/python tools/notebook.py $(NB)
+
+needs-notebook:
+	@test -n "$(NB)" || { echo "name a notebook: NB=book/01_query_key_value.ipynb"; exit 2; }
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,5 @@
 """Multi-head attention in einops and PyTorch, built step by step in the book of the same repository."""
 
-from importlib.metadata import version
-
 from mha_lib.heads import merge_heads, split_heads
 from mha_lib.masks import alibi_bias, causal_mask, document_mask, padding_mask, sliding_window_mask
 from mha_lib.plot import plot_attention
@@ -9,7 +7,7 @@ from mha_lib.reference import AttentionOutput, reference_attention
 from mha_lib.simple import SimpleMultiHeadAttention
 from mha_lib.split import SplitMultiHeadAttention
 
-__version__ = version("mha-lib")
+__version__ = "0.1.0"
 
 __all__ = [
     "AttentionOutput",

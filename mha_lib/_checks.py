@@ -6,12 +6,15 @@ Every message names the argument, says what was expected and what came.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
+from fractions import Fraction
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+PLOT_SLACK = 1e-3
+"""Sums of weights may leave 0 .. 1 by rounding; a picture does not show it."""
 
 
 def check_int(name: str, value: object, *, minimum: int) -> int:
@@ -31,7 +34,7 @@ def check_bool(name: str, value: object) -> bool:
 
 def check_real(name: str, value: object) -> float:
     """Return ``value`` as a float if it is a finite number, numpy's included."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool | Fraction) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
     number = float(value)
     if not abs(number) < math.inf:
@@ -127,8 +130,8 @@ def check_lengths(lengths: object, max_length: object, side: object) -> Tensor:
     tensor = check_integers("lengths", lengths, axes="batch")
     if not isinstance(side, str) or side not in ("left", "right"):
         raise ValueError(f"side must be 'left' or 'right', got {side!r}")
-    known = tensor.numel() > 0 and not tensor.is_meta
-    if known and (int(tensor.min()) < 0 or int(tensor.max()) > longest):
+    known = tensor.numel() > 0 and not tensor.is_meta and not torch.compiler.is_compiling()
+    if known and not bool(((tensor >= 0) & (tensor <= longest)).all()):
         raise ValueError(
             f"lengths must lie between 0 and max_length={longest}, got {tensor.tolist()}"
         )
@@ -220,10 +223,16 @@ def check_inputs(
     *,
     mask: object,
     bias: object,
+    return_weights: object,
     embed_dim: int,
     num_heads: int,
+    parameter: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inputs of a module: a missing key is the query (self-attention), a missing value is the key."""
+    """Return the inputs of a module: a missing key is the query (self-attention), a missing value is the key.
+
+    ``parameter`` is any of the module's own: inputs must have its device and dtype.
+    """
+    check_bool("return_weights", return_weights)
     if key is None and value is not None:
         raise ValueError("key must be given when value is given, got None")
     key = query if key is None else key
@@ -241,12 +250,23 @@ def check_inputs(
     _check_same("device", q.device, key=k.device, value=v.device)
     if not _autocasts(q.device):
         _check_same("dtype", q.dtype, key=k.dtype, value=v.dtype)
+        if parameter.is_floating_point():
+            _check_module("dtype", q.dtype, parameter.dtype)
+    _check_module("device", q.device, parameter.device)
     if v.shape[1] != k.shape[1]:
         raise ValueError(f"value must be as long as key, {k.shape[1]}, got {v.shape[1]}")
     scores = {"batch": q.shape[0], "heads": num_heads, "query": q.shape[1], "key": k.shape[1]}
     check_mask(mask, scores, q.device)
     check_bias(bias, scores, q.device)
     return q, k, v
+
+
+def check_same_names(method: str, *states: dict[str, Tensor]) -> None:
+    """Check that the projections to be converted all have a bias, or none of them."""
+    if any(state.keys() != states[0].keys() for state in states):
+        raise ValueError(
+            f"{method} needs a bias in every projection, out_proj included, or in none, got a mixture"
+        )
 
 
 def check_plot(
@@ -264,7 +284,7 @@ def check_plot(
         )
     if weights.numel() == 0:
         raise ValueError(f"weights must not be empty, got {_shape(weights)}")
-    if not bool(((weights >= 0) & (weights <= 1)).all()):
+    if not bool(((weights > -PLOT_SLACK) & (weights < 1 + PLOT_SLACK)).all()):
         low, high = weights.min().item(), weights.max().item()
         raise ValueError(f"weights must lie between 0 and 1, got {low:.3g} .. {high:.3g}")
     _check_labels("query_tokens", query_tokens, weights.shape[-2])
@@ -275,11 +295,10 @@ def check_plot(
 
 
 def _as_int(name: str, value: object, expected: str) -> int:
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # stands for an int while torch traces
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
         raise TypeError(f"{name} must be {expected}, got {_describe(value)}")
-    return operator.index(value)
+    # A size stays symbolic while torch traces only as long as nothing converts it.
+    return value if isinstance(value, int | torch.SymInt) else int(value)  # type: ignore[return-value]
 
 
 def _dense(name: str, value: object) -> Tensor:
@@ -301,12 +320,13 @@ def _is_floating(dtype: torch.dtype) -> bool:
 
 
 def _check_labels(name: str, labels: object, count: int) -> None:
-    if (
-        isinstance(labels, str)
-        or not isinstance(labels, Sequence)
-        or not all(isinstance(x, str) for x in labels)
-    ):
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
         raise TypeError(f"{name} must be a sequence of strings, got {_describe(labels)}")
+    for label in labels:
+        if not isinstance(label, str):
+            raise TypeError(
+                f"{name} must be a sequence of strings, got a list with {_describe(label)}"
+            )
     if len(labels) != count:
         raise ValueError(f"{name} must hold {count} strings to fit weights, got {len(labels)}")
 
@@ -315,6 +335,11 @@ def _check_same(what: str, expected: object, **found: object) -> None:
     for name, value in found.items():
         if value != expected:
             raise ValueError(f"{name} must have the {what} of query, {expected}, got {value}")
+
+
+def _check_module(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"query must have the {what} of the module, {expected}, got {found}")
 
 
 def _check_broadcast(name: str, tensor: Tensor, scores: dict[str, int]) -> None:

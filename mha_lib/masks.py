@@ -6,6 +6,8 @@ Built in chapter 1 of the book.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -112,11 +114,14 @@ def sliding_window_mask(
     return near & (distance >= 0) if check_bool("causal", causal) else near
 
 
-def padding_mask(lengths: Tensor, max_length: int, *, side: str = "right") -> Tensor:
+def padding_mask(
+    lengths: Tensor | Sequence[int], max_length: int, *, side: str = "right"
+) -> Tensor:
     """Hide the padding of samples that are shorter than the batch is long.
 
     Args:
-        lengths: Number of real tokens of each sample, integers of shape ``(b,)``.
+        lengths: Number of real tokens of each sample, integers of shape ``(b,)``. Their range is not checked while
+            torch compiles.
         max_length: Length to which the samples were padded, ``j``.
         side: Where the padding stands, ``"right"`` or ``"left"``.
 
@@ -137,7 +142,7 @@ def padding_mask(lengths: Tensor, max_length: int, *, side: str = "right") -> Te
     return positions < lengths if side == "right" else positions >= max_length - lengths
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
+def document_mask(document_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
     """Let tokens attend only within their own document, where several are packed in one sequence.
 
     Args:
@@ -147,7 +152,7 @@ def document_mask(document_ids: Tensor) -> Tensor:
         Boolean, shape ``(b, 1, i, j)`` with ``i = j = n``.
 
     Raises:
-        TypeError: ``document_ids`` is not a tensor of integers.
+        TypeError: ``document_ids`` does not hold integers.
         ValueError: ``document_ids`` has another rank than two.
 
     Example:

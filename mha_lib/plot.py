@@ -69,7 +69,7 @@ def plot_attention(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, panel, title in zip(grid.flat, panels, titles, strict=False):
         _draw_panel(axes, panel, query_tokens, key_tokens, annotate=annotate)
-        axes.set_title(title)
+        axes.set_title(title, parse_math=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for column, axes in enumerate(grid[-1]):
@@ -91,8 +91,10 @@ def _draw_panel(
     """One heat map; dark cells carry white numbers."""
     axes.imshow(panel.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="equal")
     upright = max(map(len, key_tokens)) <= 2
-    axes.set_xticks(range(len(key_tokens)), key_tokens, rotation=0 if upright else 90)
-    axes.set_yticks(range(len(query_tokens)), query_tokens)
+    axes.set_xticks(
+        range(len(key_tokens)), key_tokens, rotation=0 if upright else 90, parse_math=False
+    )
+    axes.set_yticks(range(len(query_tokens)), query_tokens, parse_math=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if annotate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,9 @@ def reference_attention(
 ) -> AttentionOutput:
     """Scaled dot-product attention, one softmax for each head and query.
 
-    Computes ``softmax(query @ key.T * scale + bias) @ value`` for each head, in float32 at least. A query that
-    may attend to nothing gets zeros, in the output and in every gradient.
+    Computes ``softmax(query @ key.T * scale + bias) @ value`` for each head, over the keys that ``mask`` allows,
+    in float32 at least, under autocast too. A query that may attend to nothing gets zeros, in the output and in
+    every gradient.
 
     Letters: ``b`` batch, ``h`` query heads, ``k`` key/value heads (``h`` is a multiple of ``k``; query head ``q``
     reads key/value head ``q // (h / k)``), ``i`` queries, ``j`` keys, ``d`` head dimension, ``v`` value width.
@@ -89,20 +91,27 @@ def reference_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
-    key = repeat(key, "b k j d -> b (k g) j d", g=group)
-    value = repeat(value, "b k j v -> b (k g) j v", g=group)
-
-    scores = einsum(query.to(dtype), key.to(dtype), "b h i d, b h j d -> b h i j") * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.to(dtype)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = _safe_softmax(scores, sinks)
-    kept = F.dropout(weights, dropout_p)
-    output = einsum(kept, value.to(dtype), "b h i j, b h j v -> b h i v")
+    with _full_precision(query.device):
+        key = repeat(key.to(dtype), "b k j d -> b (k g) j d", g=group)
+        value = repeat(value.to(dtype), "b k j v -> b (k g) j v", g=group)
+        scores = einsum(query.to(dtype), key, "b h i d, b h j d -> b h i j") * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias.to(dtype)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = _safe_softmax(scores, sinks)
+        kept = F.dropout(weights, dropout_p)
+        output = einsum(kept, value, "b h i j, b h j v -> b h i v")
     return AttentionOutput(output.to(query.dtype), weights.to(query.dtype))
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Keep autocast from lowering the precision of what is computed inside."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _safe_softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mha_lib._checks import check_bool, check_head_dim, check_inputs
+from mha_lib._checks import check_bool, check_head_dim, check_inputs, check_same_names
 from mha_lib.heads import merge_heads, split_heads
 from mha_lib.masks import causal_mask, combine_masks
 from mha_lib.reference import AttentionOutput, reference_attention
@@ -23,6 +24,9 @@ class SimpleMultiHeadAttention(nn.Module):
     ``qkv_proj`` maps ``embed_dim`` to ``3 * embed_dim``; its rows are ordered ``(three h d)``: all queries, then all
     keys, then all values, each head by head. The same function, with the same weights, as
     ``torch.nn.MultiheadAttention(batch_first=True)``.
+
+    With other keys or values, ``qkv_proj`` is read and not called, so hooks and adapters on it act in self-attention
+    only. The modules of ``split()`` are always called.
 
     Args:
         embed_dim: Width of the tokens, ``e``.
@@ -48,8 +52,7 @@ class SimpleMultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = check_head_dim(embed_dim, num_heads)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
+        self.embed_dim, self.num_heads = int(embed_dim), int(num_heads)
         self.causal = check_bool("causal", causal)
         self.qkv_proj = nn.Linear(embed_dim, 3 * embed_dim, bias=check_bool("bias", bias))
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
@@ -88,8 +91,10 @@ class SimpleMultiHeadAttention(nn.Module):
             value,
             mask=mask,
             bias=bias,
+            return_weights=return_weights,
             embed_dim=self.embed_dim,
             num_heads=self.num_heads,
+            parameter=next(self.parameters()),
         )
         q, k, v = (split_heads(x, self.head_dim) for x in self._project(query, key, value))
         if self.causal:
@@ -108,20 +113,26 @@ class SimpleMultiHeadAttention(nn.Module):
         return tuple(map(F.linear, (query, key, value), weights, biases))
 
     def split(self) -> SplitMultiHeadAttention:
-        """Return the same function with one module for each head; chapter 3 of the book builds it."""
+        """Return the same function with one module for each head; chapter 3 of the book builds it.
+
+        The weights are copied, bit for bit, and can all be trained; which of them were frozen is not remembered.
+
+        Raises:
+            ValueError: Only one of ``qkv_proj`` and ``out_proj`` has a bias.
+        """
         from mha_lib.split import SplitMultiHeadAttention
 
-        has_bias = self.qkv_proj.bias is not None
-        module = SplitMultiHeadAttention(
-            self.embed_dim, self.num_heads, bias=has_bias, causal=self.causal
-        )
-        state = {f"out_proj.{name}": tensor for name, tensor in self.out_proj.state_dict().items()}
-        for name, packed in self.qkv_proj.state_dict().items():
-            heads = rearrange(packed, "(three h d) ... -> h three d ...", three=3, d=self.head_dim)
+        packed, last = self.qkv_proj.state_dict(), self.out_proj.state_dict()
+        check_same_names("split", packed, last)
+        state = {f"out_proj.{name}": tensor.clone() for name, tensor in last.items()}
+        for name, rows in packed.items():
+            heads = rearrange(rows, "(three h d) ... -> h three d ...", three=3, d=self.head_dim)
             for index, head in enumerate(heads):
-                state |= {
-                    f"heads.{index}.{part}_proj.{name}": rows
-                    for part, rows in zip("qkv", head, strict=True)
-                }
-        module.to(self.out_proj.weight).load_state_dict(state)
+                for part, tensor in zip("qkv", head, strict=True):
+                    state[f"heads.{index}.{part}_proj.{name}"] = tensor.clone()
+        with torch.device("meta"):
+            module = SplitMultiHeadAttention(
+                self.embed_dim, self.num_heads, bias="bias" in last, causal=self.causal
+            )
+        module.load_state_dict(state, assign=True)
         return module.train(self.training)

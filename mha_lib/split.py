@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mha_lib._checks import check_bool, check_head_dim, check_inputs
+from mha_lib._checks import check_bool, check_head_dim, check_inputs, check_same_names
 from mha_lib.heads import merge_heads
 from mha_lib.masks import causal_mask, combine_masks
 from mha_lib.reference import AttentionOutput, reference_attention
@@ -36,7 +37,8 @@ class SplitMultiHeadAttention(nn.Module):
     """Multi-head attention with an independent query, key and value transformation for each head.
 
     The same function as :class:`mha_lib.SimpleMultiHeadAttention` with the same weights. Here ``heads[i]`` is a module
-    of its own, so one head can be frozen, inspected, removed or given its own learning rate.
+    of its own, so one head can be frozen, inspected, removed (with its columns of ``out_proj``) or given its own
+    learning rate.
 
     Args:
         embed_dim: Width of the tokens, ``e``.
@@ -64,7 +66,7 @@ class SplitMultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = check_head_dim(embed_dim, num_heads)
-        self.embed_dim = embed_dim
+        self.embed_dim = int(embed_dim)
         self.causal = check_bool("causal", causal)
         check_bool("bias", bias)
         self.heads = nn.ModuleList(
@@ -94,8 +96,10 @@ class SplitMultiHeadAttention(nn.Module):
             value,
             mask=mask,
             bias=bias,
+            return_weights=return_weights,
             embed_dim=self.embed_dim,
             num_heads=self.num_heads,
+            parameter=next(self.parameters()),
         )
         projected = zip(*(head(query, key, value) for head in self.heads), strict=True)
         q, k, v = (rearrange(list(heads), "h b n d -> b h n d") for heads in projected)
@@ -109,25 +113,30 @@ class SplitMultiHeadAttention(nn.Module):
     def fuse(self) -> SimpleMultiHeadAttention:
         """Return the same function with one packed projection: the inverse of ``SimpleMultiHeadAttention.split``.
 
-        The weights are copied, bit for bit; which of them were frozen is not remembered.
+        The weights are copied, bit for bit, and can all be trained; which of them were frozen is not remembered.
 
         Raises:
-            ValueError: Heads were added or removed, so that they no longer fill ``embed_dim``.
+            ValueError: Heads were added or removed, so that they no longer fill ``embed_dim``, or only some of the
+                projections have a bias.
         """
         if self.num_heads * self.head_dim != self.embed_dim:
             raise ValueError(
                 f"fuse needs heads that fill embed_dim={self.embed_dim}, "
                 f"got {self.num_heads} heads of head_dim={self.head_dim}"
             )
-        has_bias = self.out_proj.bias is not None
-        module = SimpleMultiHeadAttention(
-            self.embed_dim, self.num_heads, bias=has_bias, causal=self.causal
-        )
-        state = {f"out_proj.{name}": tensor for name, tensor in self.out_proj.state_dict().items()}
-        for name in ("weight", "bias") if has_bias else ("weight",):
-            parts = [
-                head.get_parameter(f"{part}_proj.{name}") for part in "qkv" for head in self.heads
-            ]
-            state[f"qkv_proj.{name}"] = rearrange(parts, "r d ... -> (r d) ...")
-        module.to(self.out_proj.weight).load_state_dict(state)
+        last = self.out_proj.state_dict()
+        parts = [
+            head.get_submodule(f"{part}_proj").state_dict() for part in "qkv" for head in self.heads
+        ]
+        check_same_names("fuse", last, *parts)
+        state = {f"out_proj.{name}": tensor.clone() for name, tensor in last.items()}
+        for name in last:
+            state[f"qkv_proj.{name}"] = rearrange(
+                [part[name] for part in parts], "r d ... -> (r d) ..."
+            )
+        with torch.device("meta"):
+            module = SimpleMultiHeadAttention(
+                self.embed_dim, self.num_heads, bias="bias" in last, causal=self.causal
+            )
+        module.load_state_dict(state, assign=True)
         return module.train(self.training)

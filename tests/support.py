@@ -10,11 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tests import tolerances
 from tests.tolerances import Tolerance
 
 ROOT = Path(__file__).parent.parent
 DRAWS = int(os.environ.get("MHA_DRAWS", "10"))
 DEVICES = ["cpu", "meta"] + ["cuda"] * torch.cuda.is_available()
+
+
+def by_dtype(table: dict[str, Tolerance]) -> dict[torch.dtype, Tolerance]:
+    """The table with torch's dtypes in place of their names; the table itself does without torch."""
+    return {getattr(torch, name): tolerance for name, tolerance in table.items()}
+
+
+FORWARD = by_dtype(tolerances.FORWARD)
+BACKWARD = by_dtype(tolerances.BACKWARD)
+ROUNDED_ONCE = by_dtype(tolerances.ROUNDED_ONCE)
 
 
 class Draw:

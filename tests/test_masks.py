@@ -20,8 +20,8 @@ from mha_lib import (
     sliding_window_mask,
 )
 from mha_lib.masks import combine_masks
-from tests.support import DEVICES, Draw, assert_near, draws
-from tests.tolerances import HAND_WRITTEN, ROUNDED_ONCE
+from tests.support import DEVICES, ROUNDED_ONCE, Draw, assert_near, draws
+from tests.tolerances import HAND_WRITTEN
 
 LENGTHS = [(0, 0), (1, 1), (4, 4), (3, 5), (5, 3), (2, 0), (0, 2)]
 OFFSETS = [-7, -2, 0, 1, 2, 9]

@@ -378,10 +378,9 @@ def test_autocast_takes_inputs_of_any_dtype(kind: str) -> None:
     assert_near(got, wanted, HALF_STEP)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_traces_in_one_graph_with_dynamic_shapes(kind: str) -> None:
+def test_traces_in_one_graph_with_dynamic_shapes() -> None:
     draw = Draw(17)
-    module = build(kind, draw, causal=True)
+    module = build("simple", draw, causal=True)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
     for batch, tokens in ((2, 5), (3, 8)):
         x = draw.normal(batch, tokens, E)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mha_lib import AttentionOutput, causal_mask, reference_attention
 from mha_lib.masks import combine_masks
-from tests.support import Draw, assert_near, draws
-from tests.tolerances import BACKWARD, DROPOUT_STANDARD_ERRORS, FORWARD, HAND_WRITTEN
+from tests.support import BACKWARD, FORWARD, Draw, assert_near, draws
+from tests.tolerances import DROPOUT_STANDARD_ERRORS, HAND_WRITTEN
 
 B, H, I, J, D = 2, 4, 5, 7, 8  # noqa: E741
 Shape = tuple[int, ...]

@@ -36,7 +36,7 @@ def run_alone(python: Path, notebook: Path) -> subprocess.CompletedProcess[str]:
     """Copy the notebook into an empty folder and execute it there."""
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copy(notebook, folder)
-        command = [python, ROOT / "tools" / "notebook.py", copy]
+        command = [str(python), str(ROOT / "tools" / "notebook.py"), copy]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 

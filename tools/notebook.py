@@ -54,7 +54,6 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = merge_streams(cell.outputs)
             for output in cell.outputs:
-                output.pop("metadata", None)
                 if output.output_type == "error":
                     output.traceback = [f"{output.ename}: {output.evalue}"]
                 if output.output_type in ("display_data", "execute_result"):
