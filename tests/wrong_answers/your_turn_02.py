@@ -62,13 +62,23 @@ WRONG: dict[str, list[tuple[str, str]]] = {
             "def unpack(packed, head_dim):\n    return packed.chunk(3, dim=-1)",
             "expected three of",
         ),
+        (
+            "def unpack(packed, head_dim):\n"
+            "    b, n, width = packed.shape\n"
+            "    shape = b, width // 3 // head_dim, n, head_dim\n"
+            "    return [part.reshape(shape) for part in packed.chunk(3, dim=-1)]",
+            "queries: view scrambles the tokens",
+        ),
     ],
     "Task 5": [
         (multi_head(width="x.shape[-1]", scale="x.shape[-1]"), "one wide head"),
         (multi_head(scale="x.shape[-1]"), "scaled by the whole width"),
         (multi_head(scale="1"), "the scale is missing"),
         (multi_head(project=""), "the output projection is missing"),
-        (multi_head(axis="-2"), "the axis of the softmax"),
-        (multi_head(merge="values.reshape(x.shape)"), "look at split and merge"),
+        (multi_head(project=" @ out_weight"), "the output weight is transposed"),
+        (multi_head(scale="(head_dim**2)"), "divided by d"),
+        (multi_head(merge='rearrange(values, "b h n d -> b n (d h)")'), "the order (d h)"),
+        (multi_head(axis="-2"), "is the softmax over the last axis"),
+        (multi_head(merge="values.reshape(x.shape)"), "split or merge mixes tokens"),
     ],
 }
