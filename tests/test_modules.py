@@ -376,13 +376,3 @@ def test_autocast_takes_inputs_of_any_dtype(kind: str) -> None:
         got = module(x, memory.bfloat16())
     assert got.dtype == torch.bfloat16
     assert_near(got, wanted, HALF_STEP)
-
-
-def test_traces_in_one_graph_with_dynamic_shapes() -> None:
-    draw = Draw(17)
-    module = build("simple", draw, causal=True)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
-    for batch, tokens in ((2, 5), (3, 8)):
-        x = draw.normal(batch, tokens, E)
-        mask = padding_mask(torch.full((batch,), tokens - 1), tokens)
-        assert_near(compiled(x, mask=mask), module(x, mask=mask), MODULE)
