@@ -1,88 +1,144 @@
 """Typical wrong answers, and what the check must say about them."""
 
+
+def head_rows(expression: str) -> str:
+    """An answer to task 2."""
+    return f"def weights_of_head(qkv_weight, head, head_dim):\n    return {expression}"
+
+
+def added(expression: str) -> str:
+    """An answer to task 3."""
+    return f"def add_heads(heads, w_out):\n    d = heads.shape[-1]\n    return {expression}"
+
+
 PRUNE = """\
-def prune_head(attention, index):
-    old, d = attention.out_proj, attention.head_dim
-    columns = torch.ones(old.in_features, dtype=torch.bool)
-    columns[{cut}] = False
-    new = nn.Linear(int(columns.sum()), old.out_features, bias={bias})
-    new.weight.data.copy_(old.weight.data[:, columns])
-    {copy_bias}
-    attention.out_proj = new
-    del attention.heads[index]
+def prune(module, head):
+    result, d = {copied}, module.head_dim
+    del result.heads[{head}]
+    weight = module.out_proj.weight.detach()
+    kept = {kept}
+    result.out_proj.weight = nn.Parameter(kept)
+    {last}
+    return result
 """
-RIGHT = {
-    "cut": "index * d : (index + 1) * d",
-    "bias": "True",
-    "copy_bias": "new.bias.data.copy_(old.bias.data)",
+RIGHT_PRUNE = {
+    "copied": "copy.deepcopy(module)",
+    "head": "head",
+    "kept": "torch.cat([weight[:, : head * d], weight[:, (head + 1) * d :]], dim=1)",
+    "last": "result.out_proj.in_features = kept.shape[1]",
 }
 
 
 def prune(**mistake: str) -> str:
-    """A solution of task 5 with one piece replaced."""
-    return PRUNE.format(**{**RIGHT, **mistake})
+    """The solution of task 5 with one piece replaced."""
+    return PRUNE.format(**{**RIGHT_PRUNE, **mistake})
 
 
-def pack(expression: str) -> str:
-    """An answer to task 2."""
-    return f"def pack(weights):\n    return {expression}"
+VERDICT = """\
+def verdict(differences, size):
+    mean = differences.mean().item()
+    error = differences.std().item(){per_seed}
+    if {nothing}:
+        return "no difference found"
+    return {sign}
+"""
+RIGHT_VERDICT = {
+    "per_seed": " / len(differences) ** 0.5",
+    "nothing": "abs(mean) <= 3 * error or abs(mean) <= size",
+    "sign": '"better" if mean < 0 else "worse"',
+}
 
 
-def add(pattern: str, blocks: str = "") -> str:
-    """An answer to task 3."""
-    return (
-        "def contributions(heads, out_weight):\n"
-        f'    blocks = rearrange(out_weight, "{pattern}", d=heads.shape[-1])\n'
-        f'    return einsum(heads, blocks, "b h n d, h e d -> h b n e"){blocks}'
-    )
+def verdict(**mistake: str) -> str:
+    """The solution of task 6 with one piece replaced."""
+    return VERDICT.format(**{**RIGHT_VERDICT, **mistake})
 
 
-def freeze(body: str) -> str:
-    """An answer to task 4."""
-    return f"def freeze_head(attention, index):\n    {body}"
+def guess(shape: str = "(4, 12)", heads: str = "3", ratio: str = "3") -> str:
+    """An answer to task 1."""
+    return f"weight_shape = {shape}\nheads_that_change = {heads}\nfull_over_sliced = {ratio}"
 
 
 WRONG: dict[str, list[tuple[str, str]]] = {
     "Task 1": [
-        ("smallest_error = 0.75\nwidth_helps = False", "the bound for one head"),
-        ("smallest_error = 0.25\nwidth_helps = True", "the bound counts softmaxes"),
+        (guess(shape="(4, 4)"), "reads only its own slice"),
+        (guess(shape="(12, 4)"), "the axes are swapped"),
+        (guess(heads="1"), "every head reads the whole embedding"),
+        (guess(ratio="9"), "one such piece for each head"),
     ],
     "Task 2": [
-        (pack('rearrange(weights, "three h d e -> (h three d) e")'), "the order (h three d)"),
-        (pack('rearrange(weights, "three h d e -> (three d h) e")'), "the order (three d h)"),
-        (pack('rearrange(weights, "three h d e -> three (h d) e")'), "expected shape (36, 12)"),
+        (
+            head_rows(
+                'rearrange(qkv_weight, "(h three d) e -> h three d e", three=3, d=head_dim)[head]'
+            ),
+            "the order (h three d)",
+        ),
+        (
+            head_rows(
+                'rearrange(qkv_weight, "(three d h) e -> h three d e", three=3, d=head_dim)[head]'
+            ),
+            "pattern (d h)",
+        ),
+        (
+            head_rows(
+                "qkv_weight.view(3, -1, qkv_weight.shape[1])"
+                "[:, :, head * head_dim : (head + 1) * head_dim]"
+            ),
+            "you cut columns",
+        ),
+        (
+            head_rows(
+                'rearrange(qkv_weight, "(three h d) e -> h d three e", three=3, d=head_dim)[head]'
+            ),
+            "the three letters come first",
+        ),
+        (
+            head_rows(
+                'rearrange(qkv_weight, "(three h d) e -> h three d e", three=3, d=head_dim)'
+                "[head - 1]"
+            ),
+            "heads count from 0",
+        ),
     ],
     "Task 3": [
-        (add("(h d) e -> h e d"), "a head owns columns"),
-        (add("e (d h) -> h e d"), "dealt out as (d h)"),
-        (add("e (h d) -> h e d", " * 2"), "do not sum to the result"),
-        (add("e (h d) -> h e d", ".flip(0)"), "part 0 is not what head 0 adds"),
+        (added("heads.sum(dim=1) @ w_out[:, :d].mT"), "added before it"),
+        (
+            added(
+                'einsum(heads, rearrange(w_out, "(h d) e -> h e d", d=d), '
+                '"b h n d, h e d -> b n e")'
+            ),
+            "you cut the rows of w_out",
+        ),
+        (
+            added(
+                'einsum(heads, rearrange(w_out, "e (d h) -> h e d", d=d), '
+                '"b h n d, h e d -> b n e")'
+            ),
+            "pattern (d h)",
+        ),
+        (added("heads.sum(dim=1)"), "expected shape"),
     ],
     "Task 4": [
-        (
-            freeze("attention.requires_grad_(False)\n    attention.out_proj.requires_grad_(True)"),
-            "head 0 no longer learns",
-        ),
-        (freeze("attention.heads[index - 1].requires_grad_(False)"), "heads count from 0"),
-        (
-            freeze("attention.heads[index].q_proj.requires_grad_(False)"),
-            "still changed by training",
-        ),
-        (
-            freeze(
-                "for p in attention.heads[index].parameters():\n"
-                "        p.register_hook(torch.zeros_like)"
-            ),
-            "a gradient of zero is not enough",
-        ),
+        ("errors_of_1_3_6 = [0.75, 0.25, -0.5]\none_wide_head = 0.75", "an error is not"),
+        ("errors_of_1_3_6 = [0.25, 0.75, 1.0]\none_wide_head = 0.75", "the part that is served"),
+        ("errors_of_1_3_6 = [0.75, 0.25, 0]\none_wide_head = 0.5", "width does not count"),
     ],
     "Task 5": [
+        (prune(copied="module"), "work on a copy"),
+        (prune(kept="weight"), "cut its columns"),
+        (prune(kept="weight[:, :-d]"), "do not fit the heads that are left"),
+        (prune(last="result.out_proj.bias.data.zero_()"), "belongs to no head"),
         (
-            "def prune_head(attention, index):\n    del attention.heads[index]",
-            "out_proj must read 8",
+            prune(head="0", kept="weight[:, d:]"),
+            "head 0 is gone",
         ),
-        (prune(cut="-d:"), "were its own columns of W_O cut"),
-        (prune(bias="False", copy_bias="pass"), "the bias of out_proj is lost"),
-        (prune(copy_bias="pass"), "bias was redrawn"),
+        (prune(head="0"), "did the other heads keep"),
+    ],
+    "Task 6": [
+        (verdict(per_seed=""), "square root of the number of seeds"),
+        (verdict(sign='"better" if mean > 0 else "worse"'), "the larger error"),
+        (verdict(nothing="mean <= 3 * error or mean <= size"), "its absolute value"),
+        (verdict(nothing="abs(mean) <= size"), "within 3 standard errors"),
+        (verdict(nothing="abs(mean) <= 3 * error"), "both conditions must hold"),
     ],
 }
