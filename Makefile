@@ -13,7 +13,7 @@ BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard book/*.ipynb)
 
-.PHONY: env book test test-all test-second-machine test-colab chapter run needs-notebook format clean
+.PHONY: env book test test-all test-more test-second-machine test-colab chapter run needs-notebook format clean
 
 env: $(READY)
 
@@ -35,8 +35,11 @@ test: env
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-test-all: test test-second-machine test-colab
-	MHA_DRAWS=200 $(BIN)/python -m pytest tests
+test-all: test test-more
+
+# What test-all adds to test.
+test-more: test-second-machine test-colab
+	MHA_DRAWS=200 $(BIN)/python -m pytest tests/test_heads.py tests/test_masks.py tests/test_modules.py
 
 # The notebooks once more as on another machine: plain CPU kernels, another number of threads.
 test-second-machine: env
