@@ -142,7 +142,7 @@ def expected_skips(root: Path) -> set[str]:
     """The tests that a machine without a GPU skips; a machine with one skips none."""
     import torch
 
-    lines = (root / EXPECTED_SKIPS).read_text().splitlines()
+    lines = (root / EXPECTED_SKIPS).read_text(encoding="utf-8").splitlines()
     listed = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
     return set() if torch.cuda.is_available() else listed
 

@@ -178,7 +178,7 @@ def figure_problems(notebook: Any) -> list[str]:
 
 def tidiness_problems(path: Path) -> list[str]:
     """Is the file what tools/notebook.py saves?"""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     stored = json.loads(text)
     cleaned = json.loads(nbformat.writes(clean(nbformat.reads(text, as_version=4))))
     problems = []
@@ -218,7 +218,7 @@ def prose_problems(path: Path) -> list[str]:
 def page_texts(path: Path) -> Iterator[tuple[str, str]]:
     """All text of a page, with its place."""
     if path.suffix != ".ipynb":
-        yield "", path.read_text()
+        yield "", path.read_text(encoding="utf-8")
         return
     for number, cell in enumerate(read(path).cells):
         yield f" cell {number}", "\n".join([cell.source, *map(text_of, cell.get("outputs", []))])
@@ -321,7 +321,7 @@ def closes(line: str, opening: str) -> bool:
 
 def toc_pages(root: Path) -> list[Path]:
     """The pages that _toc.yml names, in order: Markdown where there is such a file, else a notebook."""
-    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
     names = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
     markdown = [(root / name).with_suffix(".md") for name in names]
     return [page if page.exists() else page.with_suffix(".ipynb") for page in markdown]

@@ -65,7 +65,7 @@ def cells_of(notebook: Path) -> list[Cell]:
 def library(package: Path) -> dict[str, ast.Module]:
     """The modules that the book shows."""
     paths = (path for path in sorted(package.glob("*.py")) if path.stem not in NOT_SHOWN)
-    return {path.stem: ast.parse(path.read_text()) for path in paths}
+    return {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def shown_parts(tree: ast.Module) -> dict[str, ast.stmt]:

@@ -99,9 +99,11 @@ def assets_of(site: Path, pages: list[Path]) -> Iterator[tuple[Path, str]]:
     """What pages, style sheets and scripts load from another server."""
     for page in pages:
         finder = AssetFinder()
-        finder.feed(page.read_text())
+        finder.feed(page.read_text(encoding="utf-8"))
         yield from ((page, found) for found in finder.found)
     for sheet in sorted(site.rglob("*.css")):
-        yield from ((sheet, url) for url in STYLE_URL.findall(sheet.read_text()))
+        yield from ((sheet, url) for url in STYLE_URL.findall(sheet.read_text(encoding="utf-8")))
     for script in sorted(site.rglob("*.js")):
-        yield from ((script, found[0]) for found in FETCH.finditer(script.read_text()))
+        yield from (
+            (script, found[0]) for found in FETCH.finditer(script.read_text(encoding="utf-8"))
+        )

@@ -87,14 +87,14 @@ def test_all_is_the_public_api_as_far_as_it_exists() -> None:
 
 
 def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node
 
 
 def module_level_imports(path: Path) -> Iterator[str]:
     """The modules that run when this one is imported; neither typing blocks nor function bodies."""
-    yield from imports_run_by(ast.parse(path.read_text()))
+    yield from imports_run_by(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def imports_run_by(node: ast.AST) -> Iterator[str]:
@@ -144,7 +144,10 @@ def test_imports_have_no_cycle() -> None:
 
 
 def test_line_budget() -> None:
-    lines = {path.stem: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    lines = {
+        path.stem: len(path.read_text(encoding="utf-8").splitlines())
+        for path in PACKAGE.glob("*.py")
+    }
     assert sum(count for name, count in lines.items() if name not in NOT_CORE) <= CORE_LINES
     assert sum(lines.values()) <= ALL_LINES
 

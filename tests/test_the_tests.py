@@ -743,12 +743,12 @@ def test_modules_that_are_skipped_while_imported_count() -> None:
 
 
 def test_the_expected_skips_exist() -> None:
-    lines = (ROOT / "tests" / "expected_skips.txt").read_text().splitlines()
+    lines = (ROOT / "tests" / "expected_skips.txt").read_text(encoding="utf-8").splitlines()
     listed = [line for line in lines if not line.startswith("#")]
     assert listed
     for line in listed:
         file, _, name = line.partition("::")
-        tree = ast.parse((ROOT / file).read_text())
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

@@ -98,15 +98,15 @@ def test_execute_saves_a_clean_notebook(tmp_path: Path) -> None:
     assert [cell.execution_count for cell in saved.cells] == [1, 2]
     assert saved.cells[0].outputs[0].text == "42\n"
     assert saved.cells[1].outputs[0].traceback == ["ZeroDivisionError: division by zero"]
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     execute(path)
-    assert path.read_text() == text
+    assert path.read_text(encoding="utf-8") == text
 
 
 def test_execute_leaves_the_file_alone_when_a_cell_fails(tmp_path: Path) -> None:
     path = tmp_path / "page.ipynb"
     nbformat.write(notebook(new_code_cell("1 / 0")), path)
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
     with pytest.raises(CellExecutionError, match="division by zero"):
         execute(path)
-    assert path.read_text() == before
+    assert path.read_text(encoding="utf-8") == before

@@ -43,7 +43,9 @@ def run_alone(python: Path, notebook: Path) -> subprocess.CompletedProcess[str]:
 def main(notebooks: list[Path]) -> int:
     """Return the number of notebooks that did not run."""
     python = prepare()
-    importing = next(path for path in notebooks if "from mha_lib import" in path.read_text())
+    importing = next(
+        path for path in notebooks if "from mha_lib import" in path.read_text(encoding="utf-8")
+    )
     if "No module named 'mha_lib'" not in run_alone(python, importing).stderr:
         sys.exit(f"{importing} should have failed without the library")
     print(f"{importing.name}: fails without the library, as it should")
