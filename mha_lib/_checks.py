@@ -1,6 +1,7 @@
 """Argument checks: plain code with no attention in it, and the only code of the library the book does not show.
 
-Every message names the argument, says what was expected and what came.
+Every message names the argument, says what was expected and what came. Types to test for stand in tuples, since torch
+2.6 cannot trace ``isinstance(x, A | B)``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def check_bool(name: str, value: object) -> bool:
 
 def check_real(name: str, value: object) -> float:
     """Return ``value`` as a float if it is a finite number, numpy's included."""
-    if isinstance(value, bool | Fraction) or not isinstance(value, Real):
+    if isinstance(value, (bool, Fraction)) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
     number = float(value)
     if not abs(number) < math.inf:
@@ -295,10 +296,10 @@ def check_plot(
 
 
 def _as_int(name: str, value: object, expected: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | Integral):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise TypeError(f"{name} must be {expected}, got {_describe(value)}")
     # A size stays symbolic while torch traces only as long as nothing converts it.
-    return value if isinstance(value, int | torch.SymInt) else int(value)  # type: ignore[return-value]
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)  # type: ignore[return-value]
 
 
 def _dense(name: str, value: object) -> Tensor:
@@ -370,5 +371,5 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _describe(value: object) -> str:
-    shown = isinstance(value, int | float | str | torch.dtype)
+    shown = isinstance(value, (int, float, str, torch.dtype))
     return f"{type(value).__name__} {value!r}" if shown else type(value).__name__
