@@ -144,20 +144,19 @@ def check_attention(
     key: object,
     value: object,
     *,
-    mask: object = None,
-    bias: object = None,
-    scale: object = None,
-    softcap: object = None,
-    sinks: object = None,
-    dropout_p: object = 0.0,
+    mask: object,
+    bias: object,
+    scale: object,
+    softcap: object,
+    sinks: object,
+    dropout_p: object,
 ) -> None:
     """Check the arguments that every attention function takes."""
     q = check_floating("query", check_tensor("query", query, axes="batch heads query head_dim"))
     k = check_floating("key", check_tensor("key", key, axes="batch heads key head_dim"))
     v = check_floating("value", check_tensor("value", value, axes="batch heads key value_dim"))
     _check_same("dtype", q.dtype, key=k.dtype, value=v.dtype)
-    _check_same("device", q.device, key=k.device, value=v.device)
-    _check_same("batch", q.shape[0], key=k.shape[0], value=v.shape[0])
+    _check_sources(q, k, v)
     if q.shape[-1] == 0:
         raise ValueError(f"query must have a head_dim of at least 1, got {_shape(q)}")
     if k.shape[-1] != q.shape[-1]:
@@ -168,11 +167,7 @@ def check_attention(
         raise ValueError(
             f"query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}"
         )
-    if v.shape[2] != k.shape[2]:
-        raise ValueError(f"value must be as long as key, {k.shape[2]}, got {v.shape[2]}")
-    scores = {"batch": q.shape[0], "heads": q.shape[1], "query": q.shape[2], "key": k.shape[2]}
-    check_mask(mask, scores, q.device)
-    check_bias(bias, scores, q.device)
+    _check_scores(mask, bias, q, k, num_heads=q.shape[1])
     if scale is not None:
         check_real("scale", scale)
     if softcap is not None and check_real("softcap", softcap) <= 0:
@@ -186,35 +181,6 @@ def check_attention(
         _check_same("device", q.device, sinks=sink.device)
     if not 0 <= check_real("dropout_p", dropout_p) <= 1:
         raise ValueError(f"dropout_p must lie between 0 and 1, got {dropout_p}")
-
-
-def check_mask(mask: object, scores: dict[str, int], device: torch.device) -> None:
-    """Check that ``mask`` is boolean and broadcasts to the scores."""
-    if mask is None:
-        return
-    tensor = _dense("mask", mask)
-    if tensor.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be boolean, True where attention is allowed, got {tensor.dtype}; "
-            f"numbers to be added to the scores go in bias"
-        )
-    _check_broadcast("mask", tensor, scores)
-    _check_same("device", device, mask=tensor.device)
-
-
-def check_bias(bias: object, scores: dict[str, int], device: torch.device) -> None:
-    """Check that ``bias`` holds floating numbers and broadcasts to the scores."""
-    if bias is None:
-        return
-    tensor = _dense("bias", bias)
-    if tensor.dtype == torch.bool:
-        raise TypeError(
-            f"bias must have a floating dtype, got {tensor.dtype}; a boolean mask, True where attention is allowed, "
-            f"goes in mask"
-        )
-    check_floating("bias", tensor)
-    _check_broadcast("bias", tensor, scores)
-    _check_same("device", device, bias=tensor.device)
 
 
 def check_inputs(
@@ -247,18 +213,13 @@ def check_inputs(
             raise ValueError(
                 f"{name} must have a last axis of embed_dim={embed_dim}, got {_shape(tensor)}"
             )
-    _check_same("batch", q.shape[0], key=k.shape[0], value=v.shape[0])
-    _check_same("device", q.device, key=k.device, value=v.device)
+    _check_sources(q, k, v)
     if not _autocasts(q.device):
         _check_same("dtype", q.dtype, key=k.dtype, value=v.dtype)
         if parameter.is_floating_point():
-            _check_module("dtype", q.dtype, parameter.dtype)
-    _check_module("device", q.device, parameter.device)
-    if v.shape[1] != k.shape[1]:
-        raise ValueError(f"value must be as long as key, {k.shape[1]}, got {v.shape[1]}")
-    scores = {"batch": q.shape[0], "heads": num_heads, "query": q.shape[1], "key": k.shape[1]}
-    check_mask(mask, scores, q.device)
-    check_bias(bias, scores, q.device)
+            _check_same("dtype", parameter.dtype, owner="the module", query=q.dtype)
+    _check_same("device", parameter.device, owner="the module", query=q.device)
+    _check_scores(mask, bias, q, k, num_heads=num_heads)
     return q, k, v
 
 
@@ -332,15 +293,57 @@ def _check_labels(name: str, labels: object, count: int) -> None:
         raise ValueError(f"{name} must hold {count} strings to fit weights, got {len(labels)}")
 
 
-def _check_same(what: str, expected: object, **found: object) -> None:
+def _check_sources(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check what query, key and value agree on, with heads and without."""
+    _check_same("device", query.device, key=key.device, value=value.device)
+    _check_same("batch", query.shape[0], key=key.shape[0], value=value.shape[0])
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must be as long as key, {key.shape[-2]}, got {value.shape[-2]}")
+
+
+def _check_scores(
+    mask: object, bias: object, query: Tensor, key: Tensor, *, num_heads: int
+) -> None:
+    """Check that what is applied to the scores fits them."""
+    batch, queries, keys = query.shape[0], query.shape[-2], key.shape[-2]
+    scores = {"batch": batch, "heads": num_heads, "query": queries, "key": keys}
+    _check_mask(mask, scores, query.device)
+    _check_bias(bias, scores, query.device)
+
+
+def _check_mask(mask: object, scores: dict[str, int], device: torch.device) -> None:
+    """Check that ``mask`` is boolean and broadcasts to the scores."""
+    if mask is None:
+        return
+    tensor = _dense("mask", mask)
+    if tensor.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be boolean, True where attention is allowed, got {tensor.dtype}; "
+            f"numbers to be added to the scores go in bias"
+        )
+    _check_broadcast("mask", tensor, scores)
+    _check_same("device", device, mask=tensor.device)
+
+
+def _check_bias(bias: object, scores: dict[str, int], device: torch.device) -> None:
+    """Check that ``bias`` holds floating numbers and broadcasts to the scores."""
+    if bias is None:
+        return
+    tensor = _dense("bias", bias)
+    if tensor.dtype == torch.bool:
+        raise TypeError(
+            f"bias must have a floating dtype, got {tensor.dtype}; a boolean mask, True where attention is allowed, "
+            f"goes in mask"
+        )
+    check_floating("bias", tensor)
+    _check_broadcast("bias", tensor, scores)
+    _check_same("device", device, bias=tensor.device)
+
+
+def _check_same(what: str, expected: object, *, owner: str = "query", **found: object) -> None:
     for name, value in found.items():
         if value != expected:
-            raise ValueError(f"{name} must have the {what} of query, {expected}, got {value}")
-
-
-def _check_module(what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ValueError(f"query must have the {what} of the module, {expected}, got {found}")
+            raise ValueError(f"{name} must have the {what} of {owner}, {expected}, got {value}")
 
 
 def _check_broadcast(name: str, tensor: Tensor, scores: dict[str, int]) -> None:
