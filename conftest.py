@@ -11,6 +11,7 @@ import base64
 import io
 import os
 from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 
 from tests.tolerances import FIGURE_RMS
 
+collect_ignore = [] if find_spec("triton") else ["mha_lib/triton_kernel.py"]
 EXPECTED_SKIPS = "tests/expected_skips.txt"
 BOOK_DEVICE = os.environ.get("MHA_BOOK_DEVICE", "cpu")
 CHOOSES_DEVICE = "torch.cuda.is_available()"

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_CACHE_FACTS = ("dtype", "device", "batch", "heads", "head_dim", "length")
 
 PLOT_SLACK = 1e-3
 """Sums of weights may leave 0 .. 1 by rounding; a picture does not show it."""
@@ -35,7 +37,8 @@ def check_bool(name: str, value: object) -> bool:
 
 def check_real(name: str, value: object) -> float:
     """Return ``value`` as a float if it is a finite number, numpy's included."""
-    if isinstance(value, (bool, Fraction)) or not isinstance(value, Real):
+    is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)
+    if isinstance(value, bool) or is_fraction or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {_describe(value)}")
     number = float(value)
     if not abs(number) < math.inf:
@@ -155,7 +158,6 @@ def check_attention(
     q = check_floating("query", check_tensor("query", query, axes="batch heads query head_dim"))
     k = check_floating("key", check_tensor("key", key, axes="batch heads key head_dim"))
     v = check_floating("value", check_tensor("value", value, axes="batch heads key value_dim"))
-    _check_same("dtype", q.dtype, key=k.dtype, value=v.dtype)
     _check_sources(q, k, v)
     if q.shape[-1] == 0:
         raise ValueError(f"query must have a head_dim of at least 1, got {_shape(q)}")
@@ -167,20 +169,189 @@ def check_attention(
         raise ValueError(
             f"query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}"
         )
-    _check_scores(mask, bias, q, k, num_heads=q.shape[1])
+    check_scores(mask, bias, sinks, q, k, v)
+    check_numbers(scale=scale, softcap=softcap, dropout_p=dropout_p)
+
+
+def check_scores(
+    mask: object,
+    bias: object,
+    sinks: object,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    past: int = 0,
+) -> None:
+    """Check that what is applied to the scores fits the heads; ``past`` keys are cached before those given."""
+    _check_same("dtype", query.dtype, key=key.dtype, value=value.dtype)
+    heads = query.shape[1]
+    _check_scores(mask, bias, query, key, num_heads=heads, past=past)
+    if sinks is not None:
+        sink = check_floating("sinks", check_tensor("sinks", sinks, axes="heads"))
+        if sink.shape[0] != heads:
+            raise ValueError(
+                f"sinks must hold one number for each of the {heads} query heads, got {_shape(sink)}"
+            )
+        _check_same("device", query.device, sinks=sink.device)
+
+
+def check_numbers(*, scale: object, softcap: object, **probability: object) -> None:
+    """Check the numbers that attention takes; dropout goes by two names."""
     if scale is not None:
         check_real("scale", scale)
     if softcap is not None and check_real("softcap", softcap) <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if sinks is not None:
-        sink = check_floating("sinks", check_tensor("sinks", sinks, axes="heads"))
-        if sink.shape[0] != q.shape[1]:
+    for name, value in probability.items():
+        if not 0 <= check_real(name, value) <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+
+
+def check_positions(
+    query: Tensor, key: Tensor, *, causal: object, window: object, query_offset: object
+) -> int | Tensor:
+    """Return the offset of the queries; without ``causal`` and ``window`` it has no meaning and is 0."""
+    positional = check_bool("causal", causal)
+    if window is not None:
+        positional = bool(check_int("window", window, minimum=1))
+    lengths = (query.shape[2], key.shape[2]) if positional else (0, 0)
+    offset = check_query_offset(query_offset, *lengths)
+    if isinstance(offset, Tensor):
+        _check_same("device", query.device, query_offset=offset.device)
+        _check_same("batch", query.shape[0], query_offset=offset.shape[0])
+    return offset if positional else 0
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check that ``value`` is one of the words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {_describe(value)}"
+        )
+
+
+def check_frequencies(dim: object, base: object, frequencies: object) -> tuple[int, float]:
+    """Check the numbers of ``RotaryEmbedding``; return the features to turn and the base."""
+    width = check_int("dim", dim, minimum=2)
+    if width % 2:
+        raise ValueError(f"dim must be even, since features turn in pairs, got {width}")
+    number = check_real("base", base)
+    if number <= 0:
+        raise ValueError(f"base must be positive, got {number}")
+    if frequencies is not None:
+        tensor = check_floating(
+            "frequencies", check_tensor("frequencies", frequencies, axes="dim/2")
+        )
+        if tensor.shape[0] != width // 2:
             raise ValueError(
-                f"sinks must hold one number for each of the {q.shape[1]} query heads, got {_shape(sink)}"
+                f"frequencies must hold dim/2={width // 2} numbers for dim={width}, got {_shape(tensor)}"
             )
-        _check_same("device", q.device, sinks=sink.device)
-    if not 0 <= check_real("dropout_p", dropout_p) <= 1:
-        raise ValueError(f"dropout_p must lie between 0 and 1, got {dropout_p}")
+        if tensor.is_meta or not bool(tensor.isfinite().all()):
+            got = "a tensor on device meta" if tensor.is_meta else tensor.tolist()
+            raise ValueError(f"frequencies must be finite numbers, got {got}")
+    return width, number
+
+
+def check_rotary(x: object, offset: object, dim: int) -> int | Tensor:
+    """Check the inputs of ``RotaryEmbedding`` and return the offset."""
+    tensor = check_floating("x", check_tensor("x", x, axes="batch heads sequence head_dim"))
+    if tensor.shape[-1] < dim:
+        raise ValueError(f"x must have a head_dim of at least dim={dim}, got {_shape(tensor)}")
+    if not isinstance(offset, Tensor):
+        return _as_int("offset", offset, "an int or an integer tensor of shape (batch,)")
+    positions = check_integers("offset", offset, axes="batch")
+    _check_same("device", tensor.device, owner="x", offset=positions.device)
+    _check_same("batch", tensor.shape[0], owner="x", offset=positions.shape[0])
+    return positions
+
+
+def check_append(key: object, value: object, keys: Tensor, length: int) -> None:
+    """Check that tokens fit into a cache that holds ``keys``, of which ``length`` are taken."""
+    batch, heads, max_length, head_dim = keys.shape
+    tensors = [
+        check_tensor(name, x, axes="batch heads sequence head_dim")
+        for name, x in (("key", key), ("value", value))
+    ]
+    for name, x in zip(("key", "value"), tensors, strict=True):
+        found = x.dtype, x.device, x.shape[0], x.shape[1], x.shape[3], x.shape[2]
+        expected = keys.dtype, keys.device, batch, heads, head_dim, tensors[0].shape[2]
+        if found != expected:
+            for what, have, want in zip(_CACHE_FACTS, found, expected, strict=True):
+                owner = "key" if what == "length" else "the cache"
+                _check_same(what, want, owner=owner, **{name: have})
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require a gradient, since the cache is overwritten in place, got one that does; "
+                f"write with torch.no_grad(): around the model"
+            )
+    if length + tensors[0].shape[2] > max_length:
+        raise ValueError(
+            f"key must fit into the cache, max_length={max_length}, "
+            f"got {tensors[0].shape[2]} tokens after {length}"
+        )
+
+
+def check_sizes(
+    embed_dim: object,
+    num_heads: object,
+    num_kv_heads: object,
+    head_dim: object,
+    kdim: object,
+    vdim: object,
+) -> tuple[int, int, int, int, int, int]:
+    """Return the sizes of ``MultiHeadAttention`` in this order, defaults filled in."""
+    width = check_int("embed_dim", embed_dim, minimum=1)
+    heads = check_int("num_heads", num_heads, minimum=1)
+    kv_heads = heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, minimum=1)
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_kv_heads must divide num_heads={heads}, so that query heads form groups, got {kv_heads}"
+        )
+    dim = (
+        check_head_dim(width, heads)
+        if head_dim is None
+        else check_int("head_dim", head_dim, minimum=1)
+    )
+    key_width = width if kdim is None else check_int("kdim", kdim, minimum=1)
+    value_width = width if vdim is None else check_int("vdim", vdim, minimum=1)
+    return width, heads, kv_heads, dim, key_width, value_width
+
+
+def check_callable(name: str, value: object, example: str) -> None:
+    """Check that ``value`` can be called and is not a module made already, or is None."""
+    if value is not None and (not callable(value) or isinstance(value, nn.Module)):
+        raise TypeError(f"{name} must be callable, such as {example}, got {_describe(value)}")
+
+
+def check_rotary_module(rotary: Any, head_dim: int) -> Any:
+    """Return ``rotary`` if it can be called and does not turn more features than a head has."""
+    if rotary is not None and (not callable(rotary) or isinstance(rotary, type)):
+        raise TypeError(
+            f"rotary must be a module such as RotaryEmbedding(head_dim), got {_describe(rotary)}"
+            + (f" {rotary.__name__}" if isinstance(rotary, type) else "")
+        )
+    dim = getattr(rotary, "dim", None)
+    if isinstance(dim, int) and dim > head_dim:
+        raise ValueError(f"rotary must turn at most head_dim={head_dim} features, got dim={dim}")
+    return rotary
+
+
+def check_norm(norm: object) -> nn.Module:
+    """Return what ``qk_norm`` made, if it is a module."""
+    if not isinstance(norm, nn.Module):
+        raise TypeError(
+            f"qk_norm must make a module, such as torch.nn.RMSNorm, got {_describe(norm)}"
+        )
+    return norm
+
+
+def check_cache(cache: Any) -> int:
+    """Return how many tokens a cache holds, 0 without one."""
+    if cache is None:
+        return 0
+    if not callable(getattr(cache, "append", None)) or not hasattr(cache, "length"):
+        raise TypeError(f"cache must be a KVCache, got {_describe(cache)}")
+    return cache.length  # type: ignore[no-any-return]
 
 
 def check_inputs(
@@ -193,34 +364,45 @@ def check_inputs(
     return_weights: object,
     embed_dim: int,
     num_heads: int,
-    parameter: Tensor,
+    parameter: object,
+    kdim: int | None = None,
+    vdim: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the inputs of a module: a missing key is the query (self-attention), a missing value is the key.
 
-    ``parameter`` is any of the module's own: inputs must have its device and dtype.
+    ``parameter`` is any of the module's own, if it has one: inputs must have its device and dtype.
     """
+    parameter = parameter if isinstance(parameter, Tensor) else None
     check_bool("return_weights", return_weights)
     if key is None and value is not None:
         raise ValueError("key must be given when value is given, got None")
     key = query if key is None else key
     value = key if value is None else value
-    q = check_tensor("query", query, axes="batch query embed_dim")
-    k = check_tensor("key", key, axes="batch key embed_dim")
-    v = check_tensor("value", value, axes="batch key embed_dim")
-    for name, tensor in (("query", q), ("key", k), ("value", v)):
-        check_floating(name, tensor)
-        if tensor.shape[-1] != embed_dim:
-            raise ValueError(
-                f"{name} must have a last axis of embed_dim={embed_dim}, got {_shape(tensor)}"
-            )
-    _check_sources(q, k, v)
+    key_width, value_width = kdim or embed_dim, vdim or embed_dim
+    q = _check_tokens("query", query, "query", "embed_dim", embed_dim)
+    k, v = q, q
+    if key is not query or key_width != embed_dim:
+        k = _check_tokens("key", key, "key", "kdim" if kdim else "embed_dim", key_width)
+    if value is not query or value_width != embed_dim:
+        v = _check_tokens("value", value, "key", "vdim" if vdim else "embed_dim", value_width)
+    if k is not q or v is not q:
+        _check_sources(q, k, v)
     if not _autocasts(q.device):
         _check_same("dtype", q.dtype, key=k.dtype, value=v.dtype)
-        if parameter.is_floating_point():
+        if parameter is not None and parameter.is_floating_point():
             _check_same("dtype", parameter.dtype, owner="the module", query=q.dtype)
-    _check_same("device", parameter.device, owner="the module", query=q.device)
+    if parameter is not None:
+        _check_same("device", parameter.device, owner="the module", query=q.device)
     _check_scores(mask, bias, q, k, num_heads=num_heads)
     return q, k, v
+
+
+def _check_tokens(name: str, value: object, axis: str, what: str, width: int) -> Tensor:
+    """Return the tokens if they are as wide as a projection takes them."""
+    tensor = check_floating(name, check_tensor(name, value, axes=f"batch {axis} embed_dim"))
+    if tensor.shape[-1] != width:
+        raise ValueError(f"{name} must have a last axis of {what}={width}, got {_shape(tensor)}")
+    return tensor
 
 
 def check_same_names(method: str, *states: dict[str, Tensor]) -> None:
@@ -302,10 +484,12 @@ def _check_sources(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_scores(
-    mask: object, bias: object, query: Tensor, key: Tensor, *, num_heads: int
+    mask: object, bias: object, query: Tensor, key: Tensor, *, num_heads: int, past: int = 0
 ) -> None:
     """Check that what is applied to the scores fits them."""
-    batch, queries, keys = query.shape[0], query.shape[-2], key.shape[-2]
+    if mask is None and bias is None:
+        return
+    batch, queries, keys = query.shape[0], query.shape[-2], past + key.shape[-2]
     scores = {"batch": batch, "heads": num_heads, "query": queries, "key": keys}
     _check_mask(mask, scores, query.device)
     _check_bias(bias, scores, query.device)

@@ -222,6 +222,48 @@ def _alibi_slopes(num_heads: int) -> list[float]:
     return slopes + between[: num_heads - power]
 
 
+def position_mask(
+    query_length: int,
+    key_length: int,
+    *,
+    causal: bool,
+    window: int | None,
+    query_offset: int | Tensor,
+    device: torch.device | str | None = None,
+) -> Tensor | None:
+    """The mask that ``causal`` and ``window`` ask for, or None where it would hide nothing.
+
+    The last of many queries sees all keys: while a model writes token by token, no mask is needed.
+
+    Args:
+        query_length: Number of queries, ``i``.
+        key_length: Number of keys, ``j``.
+        causal: Whether later keys are hidden.
+        window: As in :func:`mha_lib.sliding_window_mask`, or None for all keys.
+        query_offset: As in :func:`mha_lib.causal_mask`.
+        device: Where to make the mask.
+
+    Returns:
+        None, or boolean of shape ``(i, j)``, or ``(b, 1, i, j)`` if ``query_offset`` is a tensor.
+
+    Example:
+        >>> position_mask(1, 4, causal=True, window=None, query_offset=3) is None
+        True
+    """
+    if not causal and window is None:
+        return None
+    if not isinstance(query_offset, Tensor):
+        nearest, farthest = query_offset - key_length + 1, query_offset + query_length - 1
+        before = not causal or nearest >= 0
+        if before and (window is None or (farthest < window and nearest > -window)):
+            return None
+    if window is None:
+        return causal_mask(query_length, key_length, query_offset=query_offset, device=device)
+    return sliding_window_mask(
+        query_length, key_length, window, query_offset=query_offset, causal=causal, device=device
+    )
+
+
 def combine_masks(*masks: Tensor | None) -> Tensor | None:
     """All masks must allow; None allows everything."""
     combined = None

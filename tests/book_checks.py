@@ -25,7 +25,7 @@ ALLOWED_TAGS = {
     "remove-cell",
     "remove-input",
 }
-MOST_IGNORED_CELLS = 6
+MOST_IGNORED_CELLS = 8
 LARGEST_NOTEBOOK = 1_500_000
 NBVAL_MARKER = re.compile(r"#\s*(?:NBVAL|PYTEST_VALIDATE)_\w+")
 ABSOLUTE_PATH = re.compile(
@@ -319,7 +319,9 @@ def closes(line: str, opening: str) -> bool:
 def toc_pages(root: Path) -> list[Path]:
     """The pages that _toc.yml names, in order: Markdown where there is such a file, else a notebook."""
     toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    names = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
+    entries = [entry for part in toc["parts"] for entry in part["chapters"]]
+    pages = [page for entry in entries for page in (entry, *entry.get("sections", []))]
+    names = [toc["root"], *(page["file"] for page in pages)]
     markdown = [(root / name).with_suffix(".md") for name in names]
     return [page if page.exists() else page.with_suffix(".ipynb") for page in markdown]
 

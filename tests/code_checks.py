@@ -69,10 +69,12 @@ def library(package: Path) -> dict[str, ast.Module]:
 
 
 def shown_parts(tree: ast.Module) -> dict[str, ast.stmt]:
-    """Definitions, constants and other statements by name; no imports, typing blocks or overload stubs."""
+    """Definitions, constants and other statements by name; no imports, texts, typing blocks or overload stubs."""
     parts: dict[str, ast.stmt] = {}
     for node in statements(tree):
         if isinstance(node, ast.Import | ast.ImportFrom) or is_for_types(node) or is_overload(node):
+            continue
+        if is_text(node):
             continue
         parts[name_of(node)] = node
     return parts
@@ -90,6 +92,11 @@ def name_of(node: ast.stmt) -> str:
     if isinstance(node, ast.Assign):
         return ", ".join(ast.unparse(target) for target in node.targets)
     return ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node)
+
+
+def is_text(node: ast.stmt) -> bool:
+    """Is it a string that explains the constant above?"""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def is_for_types(node: ast.stmt) -> bool:

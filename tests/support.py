@@ -13,6 +13,8 @@ from torch import Tensor
 from tests import tolerances
 from tests.tolerances import Tolerance
 
+torch.set_num_threads(1)  # tensors here are small: a second thread would cost more than it brings
+
 ROOT = Path(__file__).parent.parent
 DRAWS = int(os.environ.get("MHA_DRAWS", "10"))
 DEVICES = ["cpu", "meta"] + ["cuda"] * torch.cuda.is_available()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +67,15 @@ def test_the_code_of_the_book_is_the_code_of_the_library() -> None:
 
 def test_notebooks_import_only_what_is_built() -> None:
     assert code_checks.import_problems(PACKAGE, NOTEBOOKS) == []
+
+
+def test_published_figures_in_the_book_are_those_of_the_file() -> None:
+    published = json.loads((ROOT / "benchmarks" / "published.json").read_text(encoding="utf-8"))
+    notebook = book_checks.read(ROOT / "book" / "05_gpu_optimization.ipynb")
+    (cell,) = (c for _, c in book_checks.code_cells(notebook) if c.source.startswith("PUBLISHED ="))
+    assignment = ast.parse(cell.source).body[0]
+    assert isinstance(assignment, ast.Assign)
+    assert ast.literal_eval(assignment.value) == published
 
 
 @each_exercise

@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 
-from mha_lib import SimpleMultiHeadAttention, alibi_bias, causal_mask, padding_mask
+from mha_lib import (
+    KVCache,
+    MultiHeadAttention,
+    RotaryEmbedding,
+    SimpleMultiHeadAttention,
+    alibi_bias,
+    causal_mask,
+    padding_mask,
+)
 from tests.support import ROOT, Draw, assert_near
 from tests.tolerances import MODULE
 
@@ -34,6 +42,21 @@ def test_the_library_on_cuda() -> None:
         output = module(x.cuda(), **on_gpu)
         assert output.is_cuda
         assert_near(output.cpu(), expected, MODULE)
+
+
+def test_the_finished_module_on_cuda() -> None:
+    draw = Draw()
+    module = MultiHeadAttention(
+        12, 3, num_kv_heads=1, causal=True, window=4, rotary=RotaryEmbedding(4), sinks=True
+    ).double()
+    x = draw.normal(2, 7, 12)
+    expected = module(x)
+    module.cuda()
+    assert_near(module(x.cuda()).cpu(), expected, MODULE)
+    cache = KVCache(2, 1, 4, max_length=7, device="cuda", dtype=torch.float64)
+    with torch.no_grad():
+        steps = [module(x[:, n : n + 1].cuda(), cache=cache) for n in range(7)]
+    assert_near(torch.cat(steps, dim=1).cpu(), expected, MODULE)
 
 
 def test_the_book_on_cuda() -> None:

@@ -16,10 +16,15 @@ from torch import nn
 
 import mha_lib
 from mha_lib import (
+    KVCache,
+    MultiHeadAttention,
+    RotaryEmbedding,
     SimpleMultiHeadAttention,
     SplitMultiHeadAttention,
     alibi_bias,
+    attention,
     causal_mask,
+    choose_backend,
     document_mask,
     merge_heads,
     padding_mask,
@@ -46,11 +51,54 @@ def pruned() -> SplitMultiHeadAttention:
     return module
 
 
+def cache_of(length: int, **options: Any) -> KVCache:
+    """A cache for the module below, with room for ten tokens, of which ``length`` are there."""
+    sizes = {"batch_size": B, "num_kv_heads": 3, "head_dim": 4, "max_length": 10}
+    cache = KVCache(**{**sizes, **options})
+    cache.length = length
+    return cache
+
+
+def appended(key: Any, value: Any) -> KVCache:
+    """``append`` on a cache of its own."""
+    cache = cache_of(6)
+    cache.append(key, value)
+    return cache
+
+
+def truncated(length: Any) -> KVCache:
+    """``truncate`` on a cache of its own."""
+    cache = cache_of(6)
+    cache.truncate(length)
+    return cache
+
+
+@torch.no_grad()
+def finished_forward(
+    query: Any,
+    key: Any = None,
+    value: Any = None,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    cache: Any = None,
+    return_weights: Any = False,
+) -> object:
+    """The forward pass of a module that is not trained now, so that it takes a cache."""
+    module = MultiHeadAttention(E, 3, causal=True, window=9)
+    return module(
+        query, key, value, mask=mask, bias=bias, cache=cache, return_weights=return_weights
+    )
+
+
+def attention_arguments() -> dict[str, Any]:
+    return {"query": zeros(B, H, I, D), "key": zeros(B, K, J, D), "value": zeros(B, K, J, 3)}
+
+
 GOOD: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
-    "reference_attention": (
-        reference_attention,
-        {"query": zeros(B, H, I, D), "key": zeros(B, K, J, D), "value": zeros(B, K, J, 3)},
-    ),
+    "reference_attention": (reference_attention, attention_arguments()),
+    "attention": (attention, attention_arguments()),
+    "choose_backend": (choose_backend, attention_arguments()),
     "causal_mask": (causal_mask, {"query_length": 3, "key_length": 3}),
     "sliding_window_mask": (
         sliding_window_mask,
@@ -74,6 +122,19 @@ GOOD: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
         for module in (SimpleMultiHeadAttention, SplitMultiHeadAttention)
         for causal in (False, True)
     },
+    "MultiHeadAttention": (MultiHeadAttention, {"embed_dim": E, "num_heads": 3}),
+    "MultiHeadAttention.forward": (finished_forward, module_arguments()),
+    "KVCache": (
+        KVCache,
+        {"batch_size": B, "num_kv_heads": 3, "head_dim": 4, "max_length": 10},
+    ),
+    "KVCache.append": (appended, {"key": zeros(B, 3, 2, 4), "value": zeros(B, 3, 2, 4)}),
+    "KVCache.truncate": (truncated, {"length": 3}),
+    "RotaryEmbedding": (RotaryEmbedding, {"dim": 6}),
+    "RotaryEmbedding.forward": (
+        RotaryEmbedding(6).forward,
+        {"x": zeros(B, 3, I, 8), "offset": torch.tensor([0, 4])},
+    ),
     "plot_attention": (
         plot_attention,
         {"weights": zeros(2, 2, 3), "query_tokens": ["a", "b"], "key_tokens": ["c", "d", "e"]},
@@ -117,15 +178,15 @@ def each(
     ]
 
 
-def counts(functions: str, argument: str, minimum: int) -> list[Refused]:
+def counts(functions: str, argument: str, minimum: int, *, optional: bool = False) -> list[Refused]:
     """What every argument that counts something refuses."""
     wrong: Wrong = [
         (1.5, "float 1.5"),
         ("3", "str '3'"),
         (True, "bool True"),
-        (None, "NoneType"),
         (torch.tensor(3), "Tensor"),
     ]
+    wrong += [] if optional else [(None, "NoneType")]
     low: Wrong = [(minimum - 1, f"got {minimum - 1}"), (-5, "got -5")]
     return [
         *each(functions, argument, TypeError, "int", wrong),
@@ -133,9 +194,10 @@ def counts(functions: str, argument: str, minimum: int) -> list[Refused]:
     ]
 
 
-def flags(functions: str, argument: str) -> list[Refused]:
+def flags(functions: str, argument: str, *, optional: bool = False) -> list[Refused]:
     """What every argument that is on or off refuses."""
-    wrong: Wrong = [(1, "int 1"), ("no", "str 'no'"), (None, "NoneType")]
+    wrong: Wrong = [(1, "int 1"), ("no", "str 'no'")]
+    wrong += [] if optional else [(None, "NoneType")]
     return each(functions, argument, TypeError, "True or False", wrong)
 
 
@@ -158,6 +220,43 @@ def tensors(functions: str, argument: str) -> list[Refused]:
         *each(functions, argument, TypeError, "tensor", wrong),
         *each(functions, argument, ValueError, "dense", layouts),
     ]
+
+
+def dtypes(function: str) -> list[Refused]:
+    """What every ``dtype`` refuses."""
+    wrong: Wrong = [
+        (long, "torch.int64"),
+        (torch.float8_e4m3fn, "float8_e4m3fn"),
+        ("float32", "str 'float32'"),
+        (float, "type"),
+    ]
+    return each(function, "dtype", TypeError, "floating", wrong)
+
+
+def dropouts(function: str, argument: str) -> list[Refused]:
+    """What every probability refuses."""
+    wrong: Wrong = [(-0.1, "got -0.1"), (1.1, "got 1.1")]
+    return [
+        *numbers(function, argument),
+        *refused(function, argument, TypeError, "a number", "NoneType", **{argument: None}),
+        *each(function, argument, ValueError, "between 0 and 1", wrong),
+    ]
+
+
+def softcaps(function: str) -> list[Refused]:
+    """What every ``softcap`` refuses."""
+    wrong: Wrong = [(0, "got 0"), (-1.5, "got -1.5")]
+    return [
+        *numbers(function, "softcap"),
+        *each(function, "softcap", ValueError, "positive", wrong),
+    ]
+
+
+def backends(function: str) -> list[Refused]:
+    """What every ``backend`` refuses."""
+    wrong: Wrong = [("flash", "got str 'flash'"), ("SDPA", "'SDPA'"), (None, "NoneType"), (1, "1")]
+    words = "one of 'auto', 'reference', 'tiled', 'sdpa', 'triton'"
+    return each(function, "backend", ValueError, words, wrong)
 
 
 def integers(function: str, argument: str, *shape: int) -> list[Refused]:
@@ -237,9 +336,15 @@ def masking(functions: str, heads: int) -> list[Refused]:
     ]
 
 
-ATTENTION = "reference_attention"
+def in_cache(argument: str, words: str, value: torch.Tensor) -> list[Refused]:
+    """Tokens that do not fit into a cache."""
+    return refused("KVCache.append", argument, ValueError, words, **{argument: value})
+
+
+FINISHED = "attention choose_backend"
+ATTENTION = f"reference_attention {FINISHED}"
 MODULES = "SimpleMultiHeadAttention SplitMultiHeadAttention"
-FORWARDS = " ".join(name for name in GOOD if name.endswith(".forward"))
+FORWARDS = " ".join(name for name in GOOD if "Attention" in name and name.endswith(".forward"))
 LENGTHS = "causal_mask sliding_window_mask alibi_bias"
 
 CASES = [
@@ -343,9 +448,7 @@ CASES = [
     ),
     *masking(ATTENTION, H),
     *numbers(ATTENTION, "scale"),
-    *numbers(ATTENTION, "softcap"),
-    *refused(ATTENTION, "softcap", ValueError, "positive", "got 0", softcap=0),
-    *refused(ATTENTION, "softcap", ValueError, "positive", "got -1.5", softcap=-1.5),
+    *softcaps(ATTENTION),
     *tensors(ATTENTION, "sinks"),
     *refused(ATTENTION, "sinks", ValueError, "(heads,), got (1, 8)", sinks=zeros(1, H)),
     *refused(ATTENTION, "sinks", ValueError, "8 query heads", "(4,)", sinks=zeros(K)),
@@ -353,20 +456,61 @@ CASES = [
     *refused(
         ATTENTION, "sinks", ValueError, "device", "cpu", "meta", sinks=zeros(H, device="meta")
     ),
-    *numbers(ATTENTION, "dropout_p"),
-    *refused(ATTENTION, "dropout_p", TypeError, "a number", "NoneType", dropout_p=None),
-    *refused(ATTENTION, "dropout_p", ValueError, "between 0 and 1", "got -0.1", dropout_p=-0.1),
-    *refused(ATTENTION, "dropout_p", ValueError, "between 0 and 1", "got 1.1", dropout_p=1.1),
+    *dropouts(ATTENTION, "dropout_p"),
+    *flags(FINISHED, "causal"),
+    *counts(FINISHED, "window", 1, optional=True),
+    *flags(FINISHED, "return_weights"),
+    *backends(FINISHED),
+    *each(
+        FINISHED,
+        "query_offset",
+        TypeError,
+        "an int or an integer tensor of shape (batch,)",
+        [(1.5, "float 1.5"), ("1", "str '1'"), ([1, 2], "list"), (True, "bool True")],
+    ),
+    *integers(FINISHED, "query_offset", B),
+    *each(
+        FINISHED,
+        "query_offset",
+        ValueError,
+        "(batch,), got",
+        [(zeros(1, 2, dtype=long), "(1, 2)"), (torch.tensor(3), "()")],
+    ),
+    *refused(
+        FINISHED,
+        "query_offset",
+        ValueError,
+        "batch of query, 2",
+        "got 3",
+        query_offset=zeros(3, dtype=long),
+    ),
+    *refused(
+        FINISHED,
+        "query_offset",
+        ValueError,
+        "device",
+        "cpu",
+        "meta",
+        query_offset=zeros(B, dtype=long, device="meta"),
+    ),
+    *refused(
+        FINISHED, "query_offset", ValueError, "lengths differ", "5 and 7", "=2 if", causal=True
+    ),
+    *refused(FINISHED, "query_offset", ValueError, "lengths differ", "5 and 7", "=2 if", window=3),
+    *refused(FINISHED, "backend", ValueError, "'sdpa'", "softcap", softcap=1.0, backend="sdpa"),
+    *refused(FINISHED, "backend", ValueError, "'sdpa'", "sinks", sinks=zeros(H), backend="sdpa"),
+    *refused(
+        FINISHED, "backend", ValueError, "'tiled'", "weights", return_weights=True, backend="tiled"
+    ),
+    *refused(
+        FINISHED, "backend", ValueError, "'triton'", "dropout", dropout_p=0.1, backend="triton"
+    ),
     *counts(LENGTHS, "query_length", 0),
     *counts(LENGTHS, "key_length", 0),
     *counts("sliding_window_mask", "window", 1),
     *flags("sliding_window_mask", "causal"),
     *counts("alibi_bias", "num_heads", 1),
-    *refused("alibi_bias", "dtype", TypeError, "floating", "torch.int64", dtype=long),
-    *refused(
-        "alibi_bias", "dtype", TypeError, "floating", "float8_e4m3fn", dtype=torch.float8_e4m3fn
-    ),
-    *refused("alibi_bias", "dtype", TypeError, "floating", "str 'float32'", dtype="float32"),
+    *dtypes("alibi_bias"),
     *offsets("causal_mask"),
     *offsets("sliding_window_mask"),
     *offsets("alibi_bias"),
@@ -473,8 +617,8 @@ CASES = [
         FORWARDS, "key", TypeError, "floating", "torch.bool", key=zeros(B, J, E, dtype=torch.bool)
     ),
     *refused(FORWARDS, "query", ValueError, "embed_dim=12", "(2, 5, 10)", query=zeros(B, I, 10)),
-    *refused(FORWARDS, "key", ValueError, "embed_dim=12", "(2, 7, 3)", key=zeros(B, J, 3)),
-    *refused(FORWARDS, "value", ValueError, "embed_dim=12", "(2, 7, 1)", value=zeros(B, J, 1)),
+    *refused(FORWARDS, "key", ValueError, "dim=12", "(2, 7, 3)", key=zeros(B, J, 3)),
+    *refused(FORWARDS, "value", ValueError, "dim=12", "(2, 7, 1)", value=zeros(B, J, 1)),
     *refused(FORWARDS, "key", ValueError, "batch", "2", "got 3", key=zeros(3, J, E)),
     *refused(FORWARDS, "value", ValueError, "batch", "2", "got 1", value=zeros(1, J, E)),
     *refused(
@@ -495,6 +639,213 @@ CASES = [
     *refused(FORWARDS, "value", ValueError, "as long as key", "7", "got 6", value=zeros(B, 6, E)),
     *masking(FORWARDS, 3),
     *flags(FORWARDS, "return_weights"),
+    *each(
+        "MultiHeadAttention.forward",
+        "cache",
+        TypeError,
+        "KVCache",
+        [
+            ([], "list"),
+            ({}, "dict"),
+            ((zeros(1), zeros(1)), "tuple"),
+            (True, "bool"),
+            (KVCache, "type"),
+        ],
+    ),
+    *(
+        case
+        for words, cache in (
+            ("batch of the cache, 3, got 2", cache_of(0, batch_size=3)),
+            ("heads of the cache, 1, got 3", cache_of(0, num_kv_heads=1)),
+            ("head_dim of the cache, 5, got 4", cache_of(0, head_dim=5)),
+            (
+                "dtype of the cache, torch.float64, got torch.float32",
+                cache_of(0, dtype=torch.double),
+            ),
+            ("device of the cache, meta, got cpu", cache_of(0, device="meta")),
+            ("fit into the cache, max_length=10, got 7 tokens after 4", cache_of(4)),
+        )
+        for case in refused("MultiHeadAttention.forward", "cache", ValueError, words, cache=cache)
+    ),
+    *counts("MultiHeadAttention", "embed_dim", 1),
+    *counts("MultiHeadAttention", "num_heads", 1),
+    *refused(
+        "MultiHeadAttention",
+        "num_heads",
+        ValueError,
+        "head_dim",
+        "embed_dim=12 and num_heads=5",
+        num_heads=5,
+    ),
+    *counts("MultiHeadAttention", "num_kv_heads", 1, optional=True),
+    *refused(
+        "MultiHeadAttention", "num_kv_heads", ValueError, "num_heads=3", "got 2", num_kv_heads=2
+    ),
+    *refused(
+        "MultiHeadAttention", "num_kv_heads", ValueError, "num_heads=3", "got 6", num_kv_heads=6
+    ),
+    *(
+        case
+        for name in ("head_dim", "kdim", "vdim", "window")
+        for case in counts("MultiHeadAttention", name, 1, optional=True)
+    ),
+    *flags("MultiHeadAttention", "bias"),
+    *flags("MultiHeadAttention", "out_bias", optional=True),
+    *flags("MultiHeadAttention", "causal"),
+    *flags("MultiHeadAttention", "sinks"),
+    *dropouts("MultiHeadAttention", "dropout"),
+    *numbers("MultiHeadAttention", "scale"),
+    *softcaps("MultiHeadAttention"),
+    *backends("MultiHeadAttention"),
+    *dtypes("MultiHeadAttention"),
+    *each(
+        "MultiHeadAttention",
+        "rotary",
+        TypeError,
+        "RotaryEmbedding(head_dim)",
+        [
+            (True, "bool True"),
+            (4, "int 4"),
+            (zeros(2), "Tensor"),
+            (RotaryEmbedding, "RotaryEmbedding"),
+        ],
+    ),
+    *refused(
+        "MultiHeadAttention", "rotary", ValueError, "head_dim=4", "dim=6", rotary=RotaryEmbedding(6)
+    ),
+    *each(
+        "MultiHeadAttention",
+        "qk_norm",
+        TypeError,
+        "torch.nn.RMSNorm",
+        [(True, "bool True"), ("rms", "str 'rms'"), (nn.RMSNorm(4), "RMSNorm")],
+    ),
+    *refused(
+        "MultiHeadAttention KVCache",
+        "device",
+        RuntimeError,
+        "device string: nonsense",
+        device="nonsense",
+    ),
+    *counts("KVCache", "batch_size", 1),
+    *counts("KVCache", "num_kv_heads", 1),
+    *counts("KVCache", "head_dim", 1),
+    *counts("KVCache", "max_length", 0),
+    *dtypes("KVCache"),
+    *(
+        case
+        for name in ("key", "value")
+        for case in [
+            *tensors("KVCache.append", name),
+            *in_cache(name, "(batch, heads, sequence, head_dim), got (3, 2, 4)", zeros(3, 2, 4)),
+            *in_cache(name, f"{name}[None]", zeros(3, 2, 4)),
+            *in_cache(name, "batch of the cache, 2, got 1", zeros(1, 3, 2, 4)),
+            *in_cache(name, "heads of the cache, 3, got 6", zeros(B, 6, 2, 4)),
+            *in_cache(name, "head_dim of the cache, 4, got 5", zeros(B, 3, 2, 5)),
+            *in_cache(name, "dtype of the cache, torch.float32, got", zeros(B, 3, 2, 4).half()),
+            *in_cache(name, "device of the cache, cpu, got meta", zeros(B, 3, 2, 4).to("meta")),
+            *in_cache(name, "gradient", zeros(B, 3, 2, 4, requires_grad=True)),
+        ]
+    ),
+    *in_cache("value", "length of key, 2, got 1", zeros(B, 3, 1, 4)),
+    *refused(
+        "KVCache.append",
+        "key",
+        ValueError,
+        "max_length=10, got 5 tokens after 6",
+        key=zeros(B, 3, 5, 4),
+        value=zeros(B, 3, 5, 4),
+    ),
+    *counts("KVCache.truncate", "length", 0),
+    *refused("KVCache.truncate", "length", ValueError, "at most", "6, got 7", length=7),
+    *counts("RotaryEmbedding", "dim", 2),
+    *refused("RotaryEmbedding", "dim", ValueError, "even", "got 5", dim=5),
+    *numbers("RotaryEmbedding", "base"),
+    *refused("RotaryEmbedding", "base", TypeError, "a number", "NoneType", base=None),
+    *each("RotaryEmbedding", "base", ValueError, "positive", [(0, "got 0"), (-2.0, "got -2.0")]),
+    *flags("RotaryEmbedding", "interleaved"),
+    *tensors("RotaryEmbedding", "frequencies"),
+    *each(
+        "RotaryEmbedding",
+        "frequencies",
+        TypeError,
+        "floating",
+        [(zeros(3, dtype=dtype), str(dtype)) for dtype in (long, torch.bool, torch.complex64)],
+    ),
+    *each(
+        "RotaryEmbedding",
+        "frequencies",
+        ValueError,
+        "dim/2",
+        [(zeros(1, 3), "(1, 3)"), (zeros(6), "(6,)"), (zeros(0), "(0,)")],
+    ),
+    *each(
+        "RotaryEmbedding",
+        "frequencies",
+        ValueError,
+        "finite",
+        [
+            (torch.tensor([1.0, math.nan, 1.0]), "nan"),
+            (torch.tensor([1.0, 1.0, -math.inf]), "-inf"),
+            (zeros(3, device="meta"), "meta"),
+        ],
+    ),
+    *tensors("RotaryEmbedding.forward", "x"),
+    *each(
+        "RotaryEmbedding.forward",
+        "x",
+        ValueError,
+        "(batch, heads, sequence, head_dim), got",
+        [(zeros(3, I, 8), "(3, 5, 8); for a single sample write x[None]"), (zeros(8), "(8,)")],
+    ),
+    *each(
+        "RotaryEmbedding.forward",
+        "x",
+        TypeError,
+        "floating",
+        [
+            (zeros(B, 3, I, 8, dtype=dtype), str(dtype))
+            for dtype in (long, torch.bool, torch.complex64)
+        ],
+    ),
+    *refused(
+        "RotaryEmbedding.forward",
+        "x",
+        ValueError,
+        "head_dim of at least dim=6, got (2, 3, 5, 4)",
+        x=zeros(B, 3, I, 4),
+    ),
+    *each(
+        "RotaryEmbedding.forward",
+        "offset",
+        TypeError,
+        "an int or an integer tensor of shape (batch,)",
+        [(1.5, "float 1.5"), ("1", "str '1'"), ([1, 2], "list"), (True, "bool"), (None, "None")],
+    ),
+    *integers("RotaryEmbedding.forward", "offset", B),
+    *each(
+        "RotaryEmbedding.forward",
+        "offset",
+        ValueError,
+        "(batch,), got",
+        [(zeros(1, 2, dtype=long), "(1, 2)"), (torch.tensor(3), "()")],
+    ),
+    *refused(
+        "RotaryEmbedding.forward",
+        "offset",
+        ValueError,
+        "batch of x, 2",
+        "got 3",
+        offset=zeros(3, dtype=long),
+    ),
+    *refused(
+        "RotaryEmbedding.forward",
+        "offset",
+        ValueError,
+        "device of x",
+        "meta",
+        offset=zeros(B, dtype=long, device="meta"),
+    ),
     *refused("plot_attention", "weights", TypeError, "tensor", "ndarray", weights=np.zeros((2, 3))),
     *refused(
         "plot_attention",
@@ -630,7 +981,7 @@ def test_each_argument_has_a_case(name: str) -> None:
 
 def test_each_public_function_has_cases() -> None:
     public = {name for name in mha_lib.__all__ if callable(getattr(mha_lib, name))}
-    assert public - GOOD.keys() == {"AttentionOutput"}
+    assert public - GOOD.keys() == {"AttentionOutput", "BackendChoice"}
 
 
 def test_fuse_of_a_pruned_module_is_refused() -> None:
@@ -646,3 +997,16 @@ def test_the_message_of_the_first_page() -> None:
         "mask must broadcast to (batch=2, heads=8, query=5, key=7), got (2, 7); "
         "for a padding mask write mask[:, None, None, :]"
     )
+
+
+def test_the_widths_of_key_and_value_go_by_their_names() -> None:
+    module = MultiHeadAttention(E, 3, kdim=10, vdim=11)
+    query, key, value = zeros(B, I, E), zeros(B, J, 10), zeros(B, J, 11)
+    with pytest.raises(ValueError, match=r"query must have .* embed_dim=12, got \(2, 5, 10\)"):
+        module(zeros(B, I, 10), key, value)
+    with pytest.raises(ValueError, match=r"key must have .* kdim=10, got \(2, 7, 11\)"):
+        module(query, value, value)
+    with pytest.raises(ValueError, match=r"value must have .* vdim=11, got \(2, 7, 10\)"):
+        module(query, key)
+    with pytest.raises(ValueError, match=r"key must have .* kdim=10, got \(2, 5, 12\)"):
+        module(query)

@@ -21,4 +21,4 @@ def test_readme_and_first_page_show_the_same_example() -> None:
 def test_the_example_runs() -> None:
     names: dict[str, object] = {}
     exec(compile(examples("README.md")[0], "README.md", "exec"), names)
-    assert {"attention", "output", "weights", "per_head"} <= names.keys()
+    assert {"attention", "output", "weights", "steps"} <= names.keys()

@@ -58,3 +58,38 @@ place, 2**-9; sums of a dozen such terms stay below."""
 
 AUTOCAST = Tolerance(1e-4, 1e-3)
 """float32 against float64 with large scores; bfloat16 products inside would be off by 0.1 and more."""
+
+ONNX = {
+    "float64": Tolerance(1e-11, 1e-12),
+    "float32": Tolerance(1e-5, 1e-6),
+    "float16": Tolerance(2**-10, 2**-10),
+    "bfloat16": Tolerance(2**-7, 2**-7),
+}
+"""Against numpy, which rounds each step to the type of the inputs. float32: a dozen roundings of 6e-8. Half types: the
+scaled inputs, the scores, the bias, the weights and the output are rounded there, each to half a unit in the last
+place of numbers below 1, 2**-12 and 2**-9; here only the output is, or the weights too."""
+
+ROTATED = Tolerance(1e-5, 1e-5)
+"""float32, where the angle itself is the rounded product of a position up to 50 and a frequency."""
+
+EXACT = Tolerance(1e-9, 1e-9)
+"""float64 backends against reference_attention: sums in another order, over a thousand keys 1e-13. An error in a
+formula is 1e-3 and more."""
+
+STEP = 1e-5
+DIRECTION = Tolerance(1e-6, 1e-7)
+"""A central difference in float64 with this step: its square times a third derivative, and rounding, 1e-15 / 1e-5."""
+
+ROUNDED_INSIDE = {"bfloat16": Tolerance(2**-6, 2**-6), "float16": Tolerance(2**-9, 2**-9)}
+"""PyTorch's kernel rounds the weights to the half type before it averages values below 4: half a unit in the last
+place, 2**-9 (2**-12), of each, and rounds the output besides."""
+
+TRITON = {
+    "float64": Tolerance(1e-9, 1e-9),
+    "float32": Tolerance(1e-5, 1e-5),
+    "bfloat16": Tolerance(2**-7, 2**-6),
+    "float16": Tolerance(2**-10, 2**-9),
+}
+"""Against the reference in float64, outputs and gradients. float64: the library's bound for a backend; 4e-15 is seen.
+float32: its own rounding over a hundred terms; 1e-6 is seen. Half types: the weights are rounded to half a unit in the
+last place before they multiply the values, as in every flash kernel, the output once more; the terms are below 4."""
