@@ -1,6 +1,7 @@
 # make book       the book as HTML in _build/html
 # make test       everything that "done" means
 # make test-all   make test and what takes longer
+# make bench      measure this machine, and write benchmarks/results/
 # make env        the environment alone
 # make chapter NB=book/01_query_key_value.ipynb    test one notebook while writing
 # make run NB=book/01_query_key_value.ipynb        execute it and save it clean
@@ -13,7 +14,7 @@ BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard book/*.ipynb)
 
-.PHONY: env book test test-all test-more test-second-machine test-colab chapter run needs-notebook format clean
+.PHONY: env book test test-all test-more test-second-machine test-colab bench chapter run needs-notebook format clean
 
 env: $(READY)
 
@@ -39,7 +40,8 @@ test-all: test test-more
 
 # What test-all adds to test.
 test-more: test-second-machine test-colab
-	MHA_DRAWS=200 $(BIN)/python -m pytest tests/test_heads.py tests/test_masks.py tests/test_modules.py
+	MHA_DRAWS=200 $(BIN)/python -m pytest tests/test_attention.py tests/test_heads.py tests/test_masks.py \
+		tests/test_modules.py tests/test_multihead.py tests/test_triton.py
 
 # The notebooks once more as on another machine: plain CPU kernels, another number of threads.
 test-second-machine: env
@@ -48,6 +50,9 @@ test-second-machine: env
 # Each notebook alone in an empty folder, with the versions that Colab has.
 test-colab: env
 	$(BIN)/python tools/colab.py $(NOTEBOOKS)
+
+bench: env
+	$(BIN)/python -m benchmarks
 
 chapter: env needs-notebook
 	$(BIN)/python -m pytest $(NB)
