@@ -20,7 +20,7 @@ from mha_lib.tiled import tiled_attention
 BACKENDS = ("auto", "reference", "tiled", "sdpa", "triton")
 
 LONG = 512
-"""Keys from which tiles in the processor's cache beat a score matrix in memory."""
+"""Keys from which tiles are taken instead of the formula, for their memory: it grows with n, not with n squared."""
 
 SHORT = 128
 """Keys up to which two matrix products train faster in bfloat16 than PyTorch's fused kernel on a CPU."""
@@ -374,17 +374,21 @@ def _choose(
     if options.softcap is not None or options.sinks is not None:
         return BackendChoice(by_hand, "SDPA has neither softcap nor sinks")
     eager_on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_on_cpu and options.dropout_p > 0:
-        return BackendChoice(by_hand, "with dropout on a CPU, SDPA is no longer fused")
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    learned = options.bias is not None and options.bias.requires_grad and torch.is_grad_enabled()
+    if eager_on_cpu and (options.dropout_p > 0 or learned or value.shape[-1] != query.shape[-1]):
+        why = "dropout, learned bias or value width: SDPA is not fused on a CPU"
+        return BackendChoice(by_hand, why)
     if eager_on_cpu and trains:
         if query.dtype == torch.float16:
             return BackendChoice(by_hand, "SDPA's float16 gradient is slow on a CPU")
         if query.dtype == torch.bfloat16 and keys <= SHORT:
             return BackendChoice("reference", "SDPA's bfloat16 gradient is slow on a CPU if short")
     if _in_blocks(key, options):
-        return BackendChoice("sdpa", "the fused kernel, on blocks of queries and the keys in reach")
-    return BackendChoice("sdpa", "the fused kernel can do all that is asked")
+        return BackendChoice(
+            "sdpa", "PyTorch's own attention, on blocks of queries and the keys in reach"
+        )
+    return BackendChoice("sdpa", "PyTorch's own attention can do all that is asked")
 
 
 def _in_blocks(key: Tensor, options: AttentionOptions) -> bool:

@@ -59,11 +59,9 @@ def _add_product(total, left, right):
 
 
 @triton.jit
-def _bound(bound, offsets, batch, i, j):
-    """One side of the band; where each sample has its own offset, it is added here."""
-    if bound is not None and offsets is not None:
-        bound = tl.minimum(tl.maximum(bound + tl.load(offsets + batch), -i), j).to(tl.int32)
-    return bound
+def _shifted(bound, offsets, batch, i, j):
+    """One side of the band, where each sample has an offset of its own."""
+    return tl.minimum(tl.maximum(bound + tl.load(offsets + batch), -i), j).to(tl.int32)
 
 
 @triton.jit
@@ -113,7 +111,10 @@ def _forward_kernel(
     row = (count - 1 - tl.program_id(0) % count) * QUERIES
     pair = (tl.program_id(0) // count).to(tl.int64)
     batch, head = pair // h, pair % h
-    low, high = _bound(low, offsets, batch, i, j), _bound(high, offsets, batch, i, j)
+    if low is not None and offsets is not None:
+        low = _shifted(low, offsets, batch, i, j)
+    if high is not None and offsets is not None:
+        high = _shifted(high, offsets, batch, i, j)
     query += batch * query_b + head * query_h
     key += batch * key_b + head // group * key_k
     value += batch * value_b + head // group * value_k
@@ -135,10 +136,10 @@ def _forward_kernel(
             highest = tl.maximum(top, tl.max(scores, 1) * scale)
             shift = tl.where(highest == float("-inf"), 0.0, highest)
             weights = tl.exp2(scores * scale - shift[:, None])
-            kept = tl.exp2(top - shift)
-            total = total * kept + tl.sum(weights, 1)
+            fade = tl.exp2(top - shift)
+            total = total * fade + tl.sum(weights, 1)
             values = _load(value, column, j, value_j, V, KEYS, PADDED_V)
-            mixed = _add_product(mixed * kept[:, None], weights, values)
+            mixed = _add_product(mixed * fade[:, None], weights, values)
             top = highest
 
     # An empty row gives zeros; its infinity makes the weights zero in the backward pass.
@@ -163,7 +164,10 @@ def _query_gradient_kernel(
     row = (count - 1 - tl.program_id(0) % count) * QUERIES
     pair = (tl.program_id(0) // count).to(tl.int64)
     batch, head = pair // h, pair % h
-    low, high = _bound(low, offsets, batch, i, j), _bound(high, offsets, batch, i, j)
+    if low is not None and offsets is not None:
+        low = _shifted(low, offsets, batch, i, j)
+    if high is not None and offsets is not None:
+        high = _shifted(high, offsets, batch, i, j)
     query += batch * query_b + head * query_h
     key += batch * key_b + head // group * key_k
     value += batch * value_b + head // group * value_k
@@ -210,7 +214,10 @@ def _key_gradient_kernel(
     column = tl.program_id(0) % count * KEYS
     pair = (tl.program_id(0) // count).to(tl.int64)
     batch, kv_head = pair // (h // group), pair % (h // group)
-    low, high = _bound(low, offsets, batch, i, j), _bound(high, offsets, batch, i, j)
+    if low is not None and offsets is not None:
+        low = _shifted(low, offsets, batch, i, j)
+    if high is not None and offsets is not None:
+        high = _shifted(high, offsets, batch, i, j)
     key += batch * key_b + kv_head * key_k
     value += batch * value_b + kv_head * value_k
     d_key += batch * d_key_b + kv_head * d_key_k
