@@ -78,6 +78,20 @@ def check_floating_dtype(name: str, value: object) -> torch.dtype:
     return value
 
 
+def check_device(name: str, value: object) -> None:
+    """Check that ``value`` names a device of a kind that torch knows, or is None."""
+    if value is None or isinstance(value, torch.device):
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a torch.device or its name, got {_describe(value)}")
+    try:
+        torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} must name a device such as 'cpu' or 'cuda:0', got {value!r}"
+        ) from error
+
+
 def check_integers(name: str, value: object, *, axes: str) -> Tensor:
     """Return ``value`` as an int64 tensor with the given axes, since small integers overflow; lists are converted."""
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -373,6 +387,8 @@ def check_inputs(
     ``parameter`` is any of the module's own, if it has one: inputs must have its device and dtype.
     """
     parameter = parameter if isinstance(parameter, Tensor) else None
+    if parameter is not None and parameter.is_meta and not getattr(query, "is_meta", True):
+        parameter = None  # weights that a hook will fetch
     check_bool("return_weights", return_weights)
     if key is None and value is not None:
         raise ValueError("key must be given when value is given, got None")
@@ -389,7 +405,7 @@ def check_inputs(
         _check_sources(q, k, v)
     if not _autocasts(q.device):
         _check_same("dtype", q.dtype, key=k.dtype, value=v.dtype)
-        if parameter is not None and parameter.is_floating_point():
+        if parameter is not None and _is_floating(parameter.dtype):
             _check_same("dtype", parameter.dtype, owner="the module", query=q.dtype)
     if parameter is not None:
         _check_same("device", parameter.device, owner="the module", query=q.device)

@@ -15,7 +15,7 @@ from mha_lib._checks import _autocasts, check_attention, check_bool, check_choic
 from mha_lib.local import block_reach, local_attention
 from mha_lib.masks import combine_masks, position_mask
 from mha_lib.reference import AttentionOutput, _full_precision, reference_attention
-from mha_lib.tiled import tiled_attention
+from mha_lib.tiled import QUERY_TILE, tiled_attention
 
 BACKENDS = ("auto", "reference", "tiled", "sdpa", "triton")
 
@@ -144,7 +144,8 @@ def attention(
     The function is that of :func:`mha_lib.reference_attention`; ``causal`` and ``window`` stand for the masks of
     :func:`mha_lib.causal_mask` and :func:`mha_lib.sliding_window_mask`, without their memory where the backend can.
     ``mask``, ``causal`` and ``window`` must all allow. The computation keeps the dtype of ``query``, under autocast
-    too; a query that may attend to nothing gets zeros, in the output and in every gradient.
+    too; a query that may attend to nothing gets zeros, in the output and in every gradient. Forward-mode derivatives
+    (``torch.func.jvp``) exist in the backend ``"reference"`` only.
 
     Args:
         query: Shape ``(b, h, i, d)``.
@@ -211,8 +212,8 @@ def choose_backend(
 ) -> BackendChoice:
     """Tell which backend :func:`attention` takes for the same arguments, and why.
 
-    The answer depends on shapes, dtype, device, options, and on whether a gradient will be asked for; the numbers in
-    the tensors do not matter.
+    The answer depends on shapes, dtype, device and options, on whether a gradient will be asked for, and on whether
+    ``torch.compile`` is tracing; the numbers in the tensors do not matter.
 
     Args:
         query: Shape ``(b, h, i, d)``. This and all others: as in :func:`mha_lib.attention`.
@@ -361,34 +362,46 @@ def _choose(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, backend: str
 ) -> BackendChoice:
     """The backend that was named, or the one that is best; the thresholds are measured in chapter 5 of the book."""
-    if query.numel() == 0 or key.shape[2] == 0:
+    if query.numel() == 0 or key.shape[2] == 0 or options.dropout_p == 1:
         return BackendChoice("reference", "there is nothing to attend to")
     if backend != "auto":
         return BackendChoice(backend, "the caller named it")
     if options.return_weights:
         return BackendChoice("reference", "only the formula written down has weights to return")
-    keys = key.shape[2]
-    if options.window is not None and _in_blocks(key, options):
-        keys = block_reach(options.window, options.causal)
-    by_hand = "tiled" if keys >= LONG else "reference"
     if options.softcap is not None or options.sinks is not None:
-        return BackendChoice(by_hand, "SDPA has neither softcap nor sinks")
+        return BackendChoice(_by_hand(query, key, options), "SDPA has neither softcap nor sinks")
     eager_on_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     learned = options.bias is not None and options.bias.requires_grad and torch.is_grad_enabled()
     if eager_on_cpu and (options.dropout_p > 0 or learned or value.shape[-1] != query.shape[-1]):
         why = "dropout, learned bias or value width: SDPA is not fused on a CPU"
-        return BackendChoice(by_hand, why)
+        return BackendChoice(_by_hand(query, key, options), why)
     if eager_on_cpu and trains:
         if query.dtype == torch.float16:
-            return BackendChoice(by_hand, "SDPA's float16 gradient is slow on a CPU")
-        if query.dtype == torch.bfloat16 and keys <= SHORT:
+            why = "SDPA's float16 gradient is slow on a CPU"
+            return BackendChoice(_by_hand(query, key, options), why)
+        if query.dtype == torch.bfloat16 and _keys_at_once(key, options) <= SHORT:
             return BackendChoice("reference", "SDPA's bfloat16 gradient is slow on a CPU if short")
     if _in_blocks(key, options):
         return BackendChoice(
             "sdpa", "PyTorch's own attention, on blocks of queries and the keys in reach"
         )
     return BackendChoice("sdpa", "PyTorch's own attention can do all that is asked")
+
+
+def _by_hand(query: Tensor, key: Tensor, options: AttentionOptions) -> str:
+    """Tiles where the score matrix is large; a compiled graph would unroll them, and gets the formula."""
+    if torch.compiler.is_compiling():
+        return "reference"
+    large = query.shape[2] >= QUERY_TILE and _keys_at_once(key, options) >= LONG
+    return "tiled" if large else "reference"
+
+
+def _keys_at_once(key: Tensor, options: AttentionOptions) -> int:
+    """How many keys one softmax meets: those in reach of a block, where blocks are cut."""
+    if options.window is not None and _in_blocks(key, options):
+        return block_reach(options.window, options.causal)
+    return key.shape[2]
 
 
 def _in_blocks(key: Tensor, options: AttentionOptions) -> bool:
@@ -502,12 +515,16 @@ def _fused(
     if any(x.stride(-1) != 1 for x in (query, key, value)):
         query, key, value = (x.contiguous() for x in (query, key, value))
     group = query.shape[1] // key.shape[1]
-    folds = group > 1 and mask is None and bias is None and not causal
+    shared = all(size == 1 for x in (mask, bias) if x is not None for size in x.shape[-3:-1])
+    folds = group > 1 and shared and not causal
     if folds:
         query = rearrange(query, "b (k g) i d -> b k (g i) d", g=group)
     elif group > 1 and query.is_cuda:
         key, value = (repeat(x, "b k j d -> b (k g) j d", g=group) for x in (key, value))
-    mask, empty = _fused_mask(mask, bias, query.dtype)
+    mask, empty = _fused_mask(mask, bias, query.dtype, key.shape[2])
+    scale = options.scale
+    if scale is not None and scale <= 0:  # kernels look for the largest score before they scale it
+        query, scale = (-query, -scale) if scale < 0 else (query * 0.0, 1.0)
     # Not the comparison itself: while torch 2.6 traces sizes that vary, that is no bool.
     grouped = True if query.shape[1] != key.shape[1] else False  # noqa: SIM210
     output = F.scaled_dot_product_attention(
@@ -517,7 +534,7 @@ def _fused(
         attn_mask=mask,
         dropout_p=options.dropout_p,
         is_causal=causal,
-        scale=options.scale,
+        scale=scale,
         enable_gqa=grouped,
     )
     if folds:
@@ -526,18 +543,18 @@ def _fused(
 
 
 def _fused_mask(
-    mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype, keys: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """One mask for both, in which every row may attend to something, and the rows that should not."""
     if bias is None:
         if mask is None:
             return None, None
-        mask = mask[(None,) * (4 - mask.ndim)]
+        mask = _along_keys(mask, keys)
         empty = ~mask.any(dim=-1, keepdim=True)
         return mask | empty, empty
     if mask is not None:
         bias = bias.masked_fill(~mask, -torch.inf)
-    bias = bias[(None,) * (4 - bias.ndim)]
+    bias = _along_keys(bias, keys)
     closed = bias == -torch.inf
     empty = closed.all(dim=-1, keepdim=True)
     if bias.dtype != dtype:
@@ -545,3 +562,11 @@ def _fused_mask(
         bias = bias.to(torch.promote_types(bias.dtype, dtype)).clamp(-limit, limit)
         bias = bias.masked_fill(closed, -torch.inf).to(dtype)
     return bias.masked_fill(empty, 0.0), empty
+
+
+def _along_keys(x: Tensor, keys: int) -> Tensor:
+    """Four axes, and one number for each key, side by side in memory, as the kernels want them."""
+    x = x[(None,) * (4 - x.ndim)]
+    return (
+        x.expand(-1, -1, -1, keys).contiguous() if x.shape[-1] != keys or x.stride(-1) != 1 else x
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mha_lib._checks import check_append, check_floating_dtype, check_int
+from mha_lib._checks import check_append, check_device, check_floating_dtype, check_int
 
 
 class KVCache:
@@ -52,6 +52,7 @@ class KVCache:
             check_int("max_length", max_length, minimum=0),
             check_int("head_dim", head_dim, minimum=1),
         )
+        check_device("device", device)
         dtype = check_floating_dtype("dtype", dtype)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)

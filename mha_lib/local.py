@@ -52,7 +52,7 @@ def local_attention(
     """
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     block = max(SMALLEST_BLOCK, window // 4)
-    blocks = -(-queries // block)
+    blocks = max(1, -(-queries // block))
     reach = block_reach(window, causal)
     length = (blocks - 1) * block + reach
     start = query_offset - (window - 1)

@@ -13,6 +13,7 @@ from mha_lib._checks import (
     check_cache,
     check_callable,
     check_choice,
+    check_device,
     check_floating_dtype,
     check_inputs,
     check_int,
@@ -109,6 +110,9 @@ class MultiHeadAttention(nn.Module):
         check_choice("backend", backend, BACKENDS)
         self.backend = backend
         self.rotary = check_rotary_module(rotary, self.head_dim)
+        check_device("device", device)
+        if device is not None and isinstance(rotary, nn.Module):
+            rotary.to(device)
         check_callable("qk_norm", qk_norm, "torch.nn.RMSNorm")
         dtype = check_floating_dtype("dtype", dtype)
 
@@ -188,7 +192,8 @@ class MultiHeadAttention(nn.Module):
             mask: Boolean, True where a query may attend; broadcasts to ``(b, h, i, j)``. With a cache, ``j`` counts all
                 keys, those that this call adds included.
             bias: Numbers added to the scaled scores; broadcasts to ``(b, h, i, j)``.
-            cache: Keys and values so far; those of this call are added. Positions start at its length.
+            cache: Keys and values so far; those of this call are added. Positions start at its length. Use it under
+                ``torch.no_grad()``: its memory is written again by the next call.
             return_weights: Whether to return the weights of each head too.
 
         Returns:

@@ -56,6 +56,8 @@ class RotaryEmbedding(nn.Module):
         if frequencies is None:
             exponents = torch.arange(0, self.dim, 2, device="cpu", dtype=torch.float64) / self.dim
             frequencies = self.base**-exponents
+            device = torch.get_default_device()
+            frequencies = frequencies.to("cpu" if device.type == "meta" else device)
         self.frequencies = frequencies.detach().to(torch.float32, copy=True)
 
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:

@@ -108,9 +108,20 @@ class _TiledAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        offset: Tensor | None,
+        row_noise: Tensor | None,
+        column_noise: Tensor | None,
+        rules: TileRules,
+    ) -> tuple[Tensor, Tensor]:
         """Map the tensors to shapes ``(b, k, g, i, v)`` and ``(b, k, g, i, 1)``."""
-        tensors, rules = TileTensors(*arguments[:-1]), arguments[-1]
+        tensors = TileTensors(query, key, value, mask, bias, sinks, offset, row_noise, column_noise)
         tiles = _tiles(tensors.query.shape[-2], QUERY_TILE)
         rows = (_attend_tile(tensors, rules, queries) for queries in tiles)
         output, logsumexp = (torch.cat(parts, dim=-2) for parts in zip(*rows, strict=True))

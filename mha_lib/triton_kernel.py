@@ -515,7 +515,9 @@ def triton_attention(
     elif scale <= 0:  # the kernels look for the largest score before they scale it
         query, scale = (-query, -scale) if scale < 0 else (query * 0.0, 1.0)
     low, high = _band(causal, window, query_offset, query.shape[2], key.shape[2])
-    offsets = query_offset.to(query.device) if isinstance(query_offset, Tensor) else None
+    offsets = (
+        query_offset.to(query.device).contiguous() if isinstance(query_offset, Tensor) else None
+    )
     dtype = query.dtype
     if query.device.type == "cpu" and dtype == torch.bfloat16:  # the interpreter's numpy has none
         query, key, value = query.float(), key.float(), value.float()

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mha_lib import AttentionOutput, attention, reference_attention
+from mha_lib import AttentionOutput, attention, causal_mask, reference_attention
 from mha_lib.attention import choose_backend
 from mha_lib.local import local_attention
 from mha_lib.masks import combine_masks
@@ -589,6 +589,27 @@ def test_auto_never_refuses(seed: int) -> None:
     output = result.output if given.options["return_weights"] else result
     assert output.isfinite().all()
     assert output.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "sdpa"])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_turn_the_order_of_scores_round(backend: str, scale: float) -> None:
+    query = Draw(61).normal(1, 2, 8, D)
+    expected = reference_attention(query, query, query, mask=causal_mask(8, 8), scale=scale).output
+    got = attention(query, query, query, causal=True, scale=scale, backend=backend)
+    assert_near(got, expected, EXACT)
+
+
+def test_no_queries_in_a_window_with_an_offset_for_each_sample() -> None:
+    query, key = torch.zeros(2, 2, 0, 4), torch.zeros(2, 2, 150, 4)
+    output = attention(query, key, key, causal=True, window=5, query_offset=torch.tensor([3, 4]))
+    assert output.shape == (2, 2, 0, 4)
+
+
+@pytest.mark.parametrize("queries", [1, 16])
+def test_few_queries_are_not_cut_into_tiles(queries: int) -> None:
+    query, key = torch.zeros(1, 8, queries, D), torch.zeros(1, 8, 4096, D)
+    assert choose_backend(query, key, key, softcap=30.0).backend == "reference"
 
 
 # Dropout

@@ -1126,3 +1126,53 @@ def test_the_type_checker_knows_what_comes_back() -> None:
     if TYPE_CHECKING:
         module("text")  # type: ignore[call-overload]
         module(x, masks=None)  # type: ignore[call-overload]
+
+
+def test_an_exported_module_takes_long_texts() -> None:
+    module = MultiHeadAttention(16, 4, causal=True, softcap=20.0).eval()
+    shapes = ({1: torch.export.Dim("sequence", min=2, max=2048)},)
+    program = torch.export.export(
+        module, (torch.randn(1, 16, 16),), dynamic_shapes=shapes, strict=False
+    )
+    x = Draw(51).normal(1, 700, 16, dtype=torch.float32)
+    assert_near(program.module()(x), module(x), COMPILED)
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_long_texts_compile(backend: str, grad: bool) -> None:
+    options: dict[str, Any] = {"softcap": 20.0} if backend == "auto" else {}
+    module = MultiHeadAttention(16, 4, causal=True, backend=backend, **options)
+    x = Draw(52).normal(1, 520, 16, dtype=torch.float32)
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        compiled_output = torch.compile(module, fullgraph=True, backend="eager")(x)
+        assert_near(compiled_output, module(x), COMPILED)
+
+
+def test_a_rotary_module_moves_with_the_device_argument() -> None:
+    with torch.device("meta"):
+        rotary = RotaryEmbedding(4)
+    assert rotary.frequencies.device.type == "cpu"
+    module = MultiHeadAttention(16, 4, rotary=rotary, device="meta")
+    assert module.q_proj.weight.is_meta
+    assert not rotary.frequencies.is_meta
+
+
+def test_weights_that_a_hook_fetches_are_not_mistaken_for_another_device() -> None:
+    module = MultiHeadAttention(16, 4)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    x = torch.randn(1, 4, 16)
+    expected = module(x)
+    module.to("meta")
+
+    def fetch(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, _: object) -> None:
+            for key in ("weight", "bias"):
+                setattr(layer, key, nn.Parameter(state[f"{name}.{key}"]))
+
+        return hook
+
+    for name, layer in module.named_children():
+        layer.register_forward_pre_hook(fetch(name))
+    assert_near(module(x), expected, COMPILED)

@@ -49,7 +49,7 @@ MORE_FOREIGN = {"triton_kernel": {"triton"}}
 NOT_CORE = {"doctor", "convert", "plot", "triton_kernel", "_checks"}
 """What the design leaves out of the core, and the argument checks, which hold no attention and are not in the book."""
 
-CORE_LINES, ALL_LINES = 1300, 2200
+CORE_LINES, ALL_LINES = 1300, 2250
 """Lines of code, that is without docstrings, empty lines and overloads: an afternoon's reading."""
 
 

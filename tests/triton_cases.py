@@ -203,3 +203,15 @@ def test_second_derivative_is_refused(attend: Attend) -> None:
     (gradient,) = torch.autograd.grad(output, query, create_graph=True)
     with pytest.raises(RuntimeError, match="triton backend"):
         torch.autograd.grad(gradient.sum(), query)
+
+
+def test_offsets_that_do_not_lie_side_by_side(attend: Attend) -> None:
+    draw = Draw(9)
+    query, key = draw.normal(2, 2, 5, 16), draw.normal(2, 2, 9, 16)
+    for offsets in (torch.tensor([4, 0, 2, 0])[::2], torch.tensor([3]).expand(2)):
+        mask = causal_mask(5, 9, query_offset=offsets)
+        expected = reference_attention(query, key, key, mask=mask).output
+        dtype = torch.float64 if DEVICE == "cpu" else torch.float32
+        x, y = query.to(DEVICE, dtype), key.to(DEVICE, dtype)
+        got = attend(x, y, y, causal=True, query_offset=offsets.to(DEVICE))
+        assert_near(got.cpu(), expected, TRITON[str(dtype).removeprefix("torch.")])
