@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests.tolerances import FIGURE_RMS
 
-NEED_TRITON = ["mha_lib/triton_kernel.py", "book/05_tiling.ipynb"]
+NEED_TRITON = ["mha_lib/triton_kernel.py", "tests/test_triton.py", "book/05_tiling.ipynb"]
 collect_ignore = [] if find_spec("triton") else NEED_TRITON
 EXPECTED_SKIPS = "tests/expected_skips.txt"
 BOOK_DEVICE = os.environ.get("MHA_BOOK_DEVICE", "cpu")
