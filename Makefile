@@ -41,7 +41,7 @@ test-all: test test-more
 # What test-all adds to test.
 test-more: test-second-machine test-colab
 	MHA_DRAWS=200 $(BIN)/python -m pytest tests/test_attention.py tests/test_heads.py tests/test_masks.py \
-		tests/test_modules.py tests/test_multihead.py tests/test_triton.py
+		tests/test_modules.py tests/test_multihead.py
 
 # The notebooks once more as on another machine: plain CPU kernels, another number of threads.
 test-second-machine: env
