@@ -51,7 +51,7 @@ def local_attention(
     Source: Beltagy et al., "Longformer" (2020), section 3.1.
     """
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-    block = max(SMALLEST_BLOCK, window // 4)
+    block = _block_size(window)
     blocks = max(1, -(-queries // block))
     reach = block_reach(window, causal)
     length = (blocks - 1) * block + reach
@@ -79,9 +79,13 @@ def local_attention(
     return rearrange(output, "(b n) h i v -> b h (n i) v", b=batch)[:, :, :queries]
 
 
+def _block_size(window: int) -> int:
+    return max(SMALLEST_BLOCK, window // 4)
+
+
 def block_reach(window: int, causal: bool) -> int:
     """How many keys the queries of one block can reach together."""
-    return max(SMALLEST_BLOCK, window // 4) + (window - 1) * (1 if causal else 2)
+    return _block_size(window) + (window - 1) * (1 if causal else 2)
 
 
 def _per_sample(start: int | Tensor) -> int | Tensor:

@@ -167,9 +167,8 @@ def _attend_tile(tensors: TileTensors, rules: TileRules, queries: slice) -> tupl
         )
         peak = highest
     empty = total == 0
-    kept = max(1 - rules.dropout_p, 2**-32)
     logsumexp = (peak + torch.log(total)).masked_fill(empty, torch.inf)
-    return summed / (kept * total.masked_fill(empty, 1.0)), logsumexp
+    return summed / (_share_kept(rules) * total.masked_fill(empty, 1.0)), logsumexp
 
 
 def _gradients(
@@ -185,7 +184,7 @@ def _gradients(
     query, key, value, sinks = tensors.query, tensors.key, tensors.value, tensors.sinks
     grad_output = grad_output.to(logsumexp.dtype)
     pull = reduce(grad_output * output, "b k g i v -> b k g i 1", "sum") - grad_logsumexp
-    grad_output = grad_output / max(1 - rules.dropout_p, 2**-32)
+    grad_output = grad_output / _share_kept(rules)
     key_tiles = list(_tiles(key.shape[-2], KEY_TILE))
     grad_query, grad_bias = [], []
     grad_key = [torch.zeros_like(key[..., keys, :], dtype=pull.dtype) for keys in key_tiles]
@@ -292,6 +291,11 @@ def _dropped(tensors: TileTensors, rules: TileRules, queries: slice, keys: slice
     bits = bits.bitwise_xor_(bits >> 15).mul_(0x297A2D39)
     highest = round((rules.dropout_p - 0.5) * 2**32) - 1
     return bits <= max(highest, -(2**31))
+
+
+def _share_kept(rules: TileRules) -> float:
+    """How many of the weights dropout keeps; never zero, since outputs are divided by it."""
+    return max(1 - rules.dropout_p, 2**-32)
 
 
 def _tiles(length: int, size: int) -> Iterator[slice]:
