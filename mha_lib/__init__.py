@@ -2,6 +2,7 @@
 
 from mha_lib.attention import BackendChoice, attention, choose_backend
 from mha_lib.cache import KVCache
+from mha_lib.doctor import diagnose
 from mha_lib.heads import merge_heads, split_heads
 from mha_lib.masks import alibi_bias, causal_mask, document_mask, padding_mask, sliding_window_mask
 from mha_lib.multihead import MultiHeadAttention
@@ -25,6 +26,7 @@ __all__ = [
     "attention",
     "causal_mask",
     "choose_backend",
+    "diagnose",
     "document_mask",
     "merge_heads",
     "padding_mask",

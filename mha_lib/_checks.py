@@ -7,7 +7,8 @@ Every message names the argument, says what was expected and what came. Types to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Rational, Real
 from typing import Any
 
@@ -366,6 +367,43 @@ def check_cache(cache: Any) -> int:
     if not callable(getattr(cache, "append", None)) or not hasattr(cache, "length"):
         raise TypeError(f"cache must be a KVCache, got {_describe(cache)}")
     return cache.length  # type: ignore[no-any-return]
+
+
+def check_diagnosis(
+    candidate: object, embed_dim: object, num_heads: object, **options: Any
+) -> dict[str, Any]:
+    """Check the arguments of ``diagnose`` and return them, all but the candidate, with plain numbers."""
+    if not callable(candidate):
+        raise TypeError(f"candidate must be a module or a function, got {_describe(candidate)}")
+    if isinstance(candidate, type):
+        raise TypeError(
+            f"candidate must be a module or a function, got the class {candidate.__name__}"
+        )
+    options["embed_dim"] = check_int("embed_dim", embed_dim, minimum=1)
+    heads = options["num_heads"] = check_int("num_heads", num_heads, minimum=1)
+    for name in ("num_kv_heads", "window"):
+        if options[name] is not None:
+            options[name] = check_int(name, options[name], minimum=1)
+    if options["num_kv_heads"] and heads % options["num_kv_heads"]:
+        raise ValueError(
+            f"num_kv_heads must divide num_heads={heads}, got {options['num_kv_heads']} key/value heads"
+        )
+    for name in ("causal", "takes_mask"):
+        check_bool(name, options[name])
+    check_numbers(scale=options["scale"], softcap=options["softcap"])
+    for name in ("scale", "softcap"):
+        if options[name] is not None:
+            options[name] = float(options[name])
+    check_rotary_module(options["rotary"], sys.maxsize)
+    check_callable("qk_norm", options["qk_norm"], "nn.RMSNorm")
+    weights = options["weights"]
+    if isinstance(weights, str) and weights != "auto":
+        raise ValueError(f"weights must be 'auto', a dict of matrices or None, got {weights!r}")
+    if not (weights is None or isinstance(weights, (str, Mapping))):
+        raise TypeError(
+            f"weights must be 'auto', a dict of matrices or None, got {_describe(weights)}"
+        )
+    return options
 
 
 def check_inputs(

@@ -246,6 +246,7 @@ NOT_PROSE = [
     re.compile(r"<?https?://[^\s>)]+>?"),
     re.compile(r"</?\w+[^>]*>"),
     re.compile(r"^\([\w-]+\)=$", re.MULTILINE),
+    re.compile(r"^# \d+(?:\.\d+)+ ", re.MULTILINE),
 ]
 REFERENCE = re.compile(
     r"\b(?:sections?|chapters?|figures?|tables?|equations?|versions?|Python|PyTorch|CUDA|CC BY)\s+\d+(?:\.\d+)+",

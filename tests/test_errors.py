@@ -25,6 +25,7 @@ from mha_lib import (
     attention,
     causal_mask,
     choose_backend,
+    diagnose,
     document_mask,
     merge_heads,
     padding_mask,
@@ -134,6 +135,10 @@ GOOD: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "RotaryEmbedding.forward": (
         RotaryEmbedding(6).forward,
         {"x": zeros(B, 3, I, 8), "offset": torch.tensor([0, 4])},
+    ),
+    "diagnose": (
+        diagnose,
+        {"candidate": SimpleMultiHeadAttention(E, 3), "embed_dim": E, "num_heads": 3},
     ),
     "plot_attention": (
         plot_attention,
@@ -953,6 +958,62 @@ CASES = [
     ),
     *flags("plot_attention", "annotate"),
     *counts("plot_attention", "columns", 1),
+    *each(
+        "diagnose",
+        "candidate",
+        TypeError,
+        "a module or a function",
+        [
+            (None, "NoneType"),
+            (3, "int 3"),
+            ("x", "str 'x'"),
+            (zeros(B, I, E), "Tensor"),
+            (nn.MultiheadAttention, "the class MultiheadAttention"),
+        ],
+    ),
+    *counts("diagnose", "embed_dim", 1),
+    *counts("diagnose", "num_heads", 1),
+    *counts("diagnose", "num_kv_heads", 1, optional=True),
+    *refused("diagnose", "num_kv_heads", ValueError, "divide num_heads=3", "got 2", num_kv_heads=2),
+    *flags("diagnose", "causal"),
+    *flags("diagnose", "takes_mask"),
+    *each(
+        "diagnose",
+        "weights",
+        TypeError,
+        "'auto', a dict of matrices or None",
+        [(3, "int 3"), ([zeros(E, E)], "list"), (zeros(E, E), "Tensor"), (True, "bool True")],
+    ),
+    *each(
+        "diagnose",
+        "weights",
+        ValueError,
+        "'auto', a dict of matrices or None",
+        [("Auto", "'Auto'"), ("none", "'none'"), ("", "''")],
+    ),
+    *each(
+        "diagnose",
+        "weights",
+        ValueError,
+        "the projections of one attention",
+        [
+            ({}, "query, key, value"),
+            ({"q": zeros(E, E)}, "key, value"),
+            (dict.fromkeys("qkv", zeros(E, 5)), "5 features"),
+            (dict.fromkeys("qkv", zeros(10, E)), "10, 10, 10] rows do not make num_heads=3"),
+        ],
+    ),
+    *counts("diagnose", "window", 1, optional=True),
+    *numbers("diagnose", "scale"),
+    *softcaps("diagnose"),
+    *each(
+        "diagnose",
+        "rotary",
+        TypeError,
+        "RotaryEmbedding",
+        [(3, "int 3"), ("yes", "str 'yes'"), (zeros(2), "Tensor")],
+    ),
+    *each("diagnose", "qk_norm", TypeError, "nn.RMSNorm", [(3, "int 3"), ("rms", "str 'rms'")]),
 ]
 
 

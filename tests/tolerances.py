@@ -93,3 +93,10 @@ TRITON = {
 """Against the reference in float64, outputs and gradients. float64: the library's bound for a backend; 4e-15 is seen.
 float32: its own rounding over a hundred terms; 1e-6 is seen. Half types: the weights are rounded to half a unit in the
 last place before they multiply the values, as in every flash kernel, the output once more; the terms are below 4."""
+
+ANOTHER_OUTPUT = 1e-3
+"""Standard deviations by which a mistake must change an output to be told from no mistake, as the doctor has it; in
+float64, rounding changes it by 1e-12."""
+
+SECONDS = 5.0
+"""Of one core, for an examination of width 768: what the doctor promises."""
