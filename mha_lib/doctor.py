@@ -167,7 +167,8 @@ def diagnose(
         weights: ``"auto"`` to look for the projections in the candidate; or a dict of matrices as ``nn.Linear`` has
             them, under names such as ``q``, ``k``, ``v``, ``out``, ``q_bias``; or None for the properties alone.
         takes_mask: Whether the candidate takes a padding mask of shape ``(b, n)``, True for real tokens.
-        rotary: The positions it is meant to have, called as :class:`mha_lib.RotaryEmbedding`.
+        rotary: The positions it is meant to have, called as :class:`mha_lib.RotaryEmbedding` with queries and keys of
+            shape ``(b, h, n, d)``.
         window: The width of the sliding window it is meant to have, as in :func:`mha_lib.sliding_window_mask`.
         scale: The factor of the scores, if it is meant to be another than ``head_dim ** -0.5``.
         softcap: The softcap it is meant to have.

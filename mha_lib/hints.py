@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,17 +162,32 @@ def lines_to_look_at(
             path = _shown_name(inspect.getsourcefile(source) or "source")
         except (OSError, TypeError):
             continue
-        numbered = [(n, line.split("#")[0].strip()) for n, line in enumerate(lines, start or 1)]
+        numbered = _code_of(lines, start or 1)
         attends = [number for number, code in numbered if re.search(ATTENDS, code)]
         first, last = (attends[0], attends[-1]) if attends else (math.inf, -math.inf)
         for number, code in numbered:
             misplaced = (pattern == SPLIT and number > first) or (
                 pattern == MERGE and number < last
             )
-            is_head = code.startswith(("def ", "class ", "import ", "from "))
-            if re.search(pattern, code) and not misplaced and not is_head:
+            if re.search(pattern, code) and not misplaced:
                 found.append(f"{path}:{number}: {code}")
     return tuple(found[:SHOWN_LINES])
+
+
+def _code_of(lines: list[str], start: int) -> list[tuple[int, str]]:
+    """The numbered lines of a function that do something: neither its signature nor a docstring."""
+    numbered = [(n, line.split("#")[0].strip()) for n, line in enumerate(lines, start)]
+    try:
+        (node,) = ast.parse(textwrap.dedent("".join(lines))).body
+    except (SyntaxError, ValueError):
+        return numbered
+    if not isinstance(node, ast.FunctionDef):
+        return numbered
+    silent = set(range(1, node.body[0].lineno))
+    for each in ast.walk(node):
+        if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant):
+            silent.update(range(each.lineno, (each.end_lineno or each.lineno) + 1))
+    return [line for place, line in enumerate(numbered, 1) if place not in silent]
 
 
 def _sources(candidate: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from mha_lib import (
     SimpleMultiHeadAttention,
     alibi_bias,
     causal_mask,
+    diagnose,
     padding_mask,
 )
 from tests.support import ROOT, Draw, assert_near
@@ -57,6 +58,14 @@ def test_the_finished_module_on_cuda() -> None:
     with torch.no_grad():
         steps = [module(x[:, n : n + 1].cuda(), cache=cache) for n in range(7)]
     assert_near(torch.cat(steps, dim=1).cpu(), expected, MODULE)
+
+
+def test_the_doctor_on_cuda() -> None:
+    module = SimpleMultiHeadAttention(12, 3, causal=True).cuda()
+    assert diagnose(module, 12, 3, causal=True).verified
+    names = [finding.name for finding in diagnose(module, 12, 3).findings]
+    assert names == ["ignores_future"]
+    assert next(module.parameters()).is_cuda
 
 
 def test_the_book_on_cuda() -> None:
