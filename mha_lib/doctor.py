@@ -282,33 +282,19 @@ class Examination:
     def diagnosis(self) -> Diagnosis:
         """The result, causes before symptoms."""
         names = [*self.causes, *(name for name in self.symptoms if name not in self.causes)]
-        findings = tuple(
-            Finding(
-                name,
-                self._evidence(name),
-                self._hint(name),
-                ()
-                if self._follows(name)
-                else lines_to_look_at(self.candidate, name, self._evidence(name)),
-            )
-            for name in names
-        )
+        findings = tuple(self._finding(name) for name in names)
         verified = self.verified and not findings
         return Diagnosis(findings, verified, tuple(self.notes), tuple(self.checks))
 
-    def _evidence(self, name: str) -> str:
-        """What was measured."""
+    def _finding(self, name: str) -> Finding:
+        """A finding with its advice; of a symptom that a cause explains, which cause, since that gives every output."""
         evidence = "; ".join([*self.causes.get(name, []), *self.symptoms.get(name, [])])
-        return evidence
-
-    def _follows(self, name: str) -> bool:
-        """Whether a symptom is explained: a cause that gives every output gives this, too."""
-        return name in FOLLOWS and bool(self.explained) and name not in self.causes
-
-    def _hint(self, name: str) -> str:
-        if self._follows(name):
-            return f"Follows from {' and '.join(self.explained)}; mend that."
-        return HINTS[name]
+        if name in FOLLOWS and self.explained and name not in self.causes:
+            hint = f"Follows from {' and '.join(self.explained)}; mend that."
+            return Finding(name, evidence, hint)
+        return Finding(
+            name, evidence, HINTS[name], lines_to_look_at(self.candidate, name, evidence)
+        )
 
     def run(self) -> None:
         """All checks, in the order in which they build on each other."""
@@ -730,7 +716,6 @@ class Examination:
         if gradients is None:
             return self._skip("gradients", "no parameters were found")
         known = [g for g in gradients.values() if g is not None]
-        calm = self._gradients(x=self._nearly_equal()) or {}
         if not known and not isinstance(self.candidate, nn.Module):
             return self._skip("gradients", "the function gives none: it may run under no_grad")
         lost = []
@@ -740,8 +725,7 @@ class Examination:
             if gradient is None:
                 lost.append(name)
             elif gradient.ndim > 1 and not is_bias(name):
-                pairs = zip(_dead(gradient), _dead(calm.get(name)), strict=False)
-                dead = [either and calmer for either, calmer in pairs]
+                dead = self._dead_everywhere(name, gradient)
                 if any(dead):
                     part = "" if all(dead) else f" (third {dead.index(True) + 1} of its rows)"
                     lost.append(f"{name}{part}")
@@ -751,6 +735,14 @@ class Examination:
         self._record("gradients", detail, *["parameter_without_gradient"] * bool(lost))
         return None
 
+    def _dead_everywhere(self, name: str, gradient: Tensor) -> list[bool]:
+        """Whether a gradient is zero for tokens that differ little, too: there no weight vanishes."""
+        dead = _dead(gradient)
+        if not any(dead):
+            return dead
+        calm = (self._gradients(x=self._nearly_equal()) or {}).get(name)
+        return [here and there for here, there in zip(dead, _dead(calm), strict=False)]
+
     def _is_examined(self, parameter: str) -> bool:
         """Whether a parameter belongs to the attention: all of a module's do, but not all that a function reaches."""
         if isinstance(self.candidate, nn.Module):
@@ -759,8 +751,10 @@ class Examination:
         return any(parameter.startswith(place) for place in places)
 
     def _check_large(self) -> None:
-        patient = self._converted(torch.float32)
-        if patient is None:
+        try:
+            patient = self._copy(torch.float32)
+            self._answer(patient, self.x, None)
+        except Exception:  # as above
             return self._skip("large tokens", "it cannot be converted to float32")
         output = self._answer(patient, self.x * 1000, None)
         rows = self.base.isfinite().all(dim=-1)
@@ -778,8 +772,7 @@ class Examination:
             real = torch.ones(self.x.shape[:2], dtype=torch.bool)
             real[0, -1] = False
         try:
-            patient = self._converted(torch.float16, must_run=False)
-            assert patient is not None
+            patient = self._copy(torch.float16)
             x = self.x * self._amplitude(25.0, spread=False)
             expected = self._ask(x, real)
             output = self._answer(patient, x, real).double()
@@ -794,24 +787,11 @@ class Examination:
         self._record(name, detail, *["overflow_in_half"] * broken)
         return None
 
-    def _converted(self, dtype: torch.dtype, *, must_run: bool = True) -> Patient | None:
-        try:
-            patient = self._copy(dtype)
-            if must_run:
-                self._answer(patient, self.x, None)
-        except Exception:  # as above
-            if must_run:
-                return None
-            raise
-        return patient
-
     # Hypotheses: which mistake, built into the reference, gives the same output?
 
     def _find_weights(self) -> None:
         if self.given == "auto":
-            found = find_projections(
-                self.patient.owners, self.embed_dim, self.num_heads, self.num_kv_heads
-            )
+            found = self._recognised()
             if isinstance(found, str):
                 self.notes.append(f"Not compared with the reference: {found}.")
                 return
@@ -824,6 +804,11 @@ class Examination:
                     self.causes.setdefault("projection_reused", []).append(detail)
         if self.weights is not None:
             self.weights = self.weights.to(self.base.device)
+
+    def _recognised(self) -> Projections | str:
+        return find_projections(
+            self.patient.owners, self.embed_dim, self.num_heads, self.num_kv_heads
+        )
 
     def _check_mistakes(self) -> None:
         if self.weights is None:
@@ -894,7 +879,7 @@ class Examination:
             answers.append((self._probe(inside), answers[0][1] if output is None else output))
         found = self._explained(answers, self._conventions()) or self._fitted(answers)
         if found is None:
-            least = min(recipe_error(recipe, *answers[0]) for recipe in self._conventions())
+            least = self._distance(*answers[0])
             detail = f"differs from the reference by {least:.2g} deviations; no known mistake explains it"
             self.notes.append(f"The output {detail}.")
             if self.symptoms.keys() & FOLLOWS:
@@ -923,15 +908,13 @@ class Examination:
         """Whether the candidate equals the reference before its zero parameters got random numbers."""
         kept = self.patient, self.weights
         self.patient = self._copy(self.patient.dtype, refill=False)
-        found = find_projections(
-            self.patient.owners, self.embed_dim, self.num_heads, self.num_kv_heads
-        )
+        found = self._recognised()
         try:
             if isinstance(found, Projections) and not self.takes_mask:
                 self.weights = found.to(self.base.device)
                 x = self.x * self._amplitude(1.5, spread=True)
                 probe, target = self._probe(x), self._ask(x)
-                error = min(recipe_error(recipe, probe, target) for recipe in self._conventions())
+                error = self._distance(probe, target)
                 spread = float(target.std())
                 self.verified = spread > 1e-6 and error < EQUAL.get(self.patient.dtype, 0.05)
         finally:
@@ -986,6 +969,10 @@ class Examination:
             for norm in norms
         ]
 
+    def _distance(self, probe: Probe, target: Tensor) -> float:
+        """How far the reference without a mistake is from ``target``, in the best of the conventions."""
+        return min(recipe_error(recipe, probe, target) for recipe in self._conventions())
+
     def _explained(
         self,
         answers: list[tuple[Probe, Tensor]],
@@ -1019,7 +1006,7 @@ class Examination:
     def _report(self, name: str, probe: Probe, target: Tensor, found: Explanation) -> None:
         assert self.weights is not None
         whole = f"largest difference {found.error:.1e} deviations"
-        right = min(recipe_error(recipe, probe, target) for recipe in self._conventions())
+        right = self._distance(probe, target)
         for mistake in found.mistakes:
             if mistake.name in HABITS and self.patient.is_published():
                 self.notes.append(f"In this library {mistake.does}.")

@@ -84,11 +84,6 @@ class Patient:
         """The modules that the candidate is made of, without those inside of them."""
         return (owner for owner in self.owners.values() if isinstance(owner, nn.Module))
 
-    def one_module(self) -> nn.Module | None:
-        """The module that is the candidate, or the only one that it calls."""
-        found = [*self.modules()]
-        return found[0] if len(found) == 1 else None
-
     def is_published(self) -> bool:
         """Whether the attention is a class of a well-known library: what it does differently is known there."""
         inner = (each for module in self.modules() for each in module.modules())
