@@ -605,11 +605,13 @@ def check_heads(given: object, known: int | None) -> int:
     return heads
 
 
-def check_known(config: Any, types: Sequence[str]) -> None:
-    """Check that a model, if it says what it is, is one whose attention is known."""
-    kind = getattr(config, "model_type", None)
-    if kind is not None and kind not in types:
-        raise ValueError(f"source must be of model_type {', '.join(types)}, got {kind}")
+def check_known(kind: str, config: Any, types: Sequence[str]) -> None:
+    """Check that a module, by the type of its model or else its own, is one whose attention is known."""
+    if kind not in types:
+        raise ValueError(
+            f"source must be of type {', '.join(types)}, got {kind}; "
+            f"if its attention is the same function, give its state_dict() and num_heads"
+        )
     positions = getattr(config, "position_embedding_type", None) or "absolute"
     if positions != "absolute":
         raise ValueError(

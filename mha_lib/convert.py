@@ -326,7 +326,7 @@ def from_vit(
         torch.Size([1, 3, 8])
     """
     state = _read(source, prefix, *VIT)
-    facts = _facts(source, prefix, ("vit", "deit", "dinov2"))
+    facts = _facts(source, prefix, ("vit", "deit", "dinov2", "Attention"))
     return _assembled(
         state,
         check_heads(num_heads, facts.num_heads),
@@ -445,10 +445,10 @@ def permute_rotary(
         tensor([0., 2., 1., 3.])
     """
     turning = check_permutation(rows, head_dim, rotary_dim)
-    halves, neighbours = "h (two d) ...", "h (d two) ..."
-    pattern = f"{halves} -> {neighbours}" if check_bool("interleaved", interleaved) else ""
+    patterns = ["h (two d) ...", "h (d two) ..."]
+    before, after = patterns if check_bool("interleaved", interleaved) else reversed(patterns)
     heads = rearrange(rows, "(h d) ... -> h d ...", d=head_dim)
-    turned = rearrange(heads[:, :turning], pattern or f"{neighbours} -> {halves}", two=2)
+    turned = rearrange(heads[:, :turning], f"{before} -> {after}", two=2)
     return rearrange(torch.cat([turned, heads[:, turning:]], dim=1), "h d ... -> (h d) ...")
 
 
@@ -493,28 +493,20 @@ def _attend_for_transformers(
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The signature of transformers: heads in, ``(b, i, h, d)`` out; what eager attention ignores is ignored."""
-    queries, keys = query.shape[-2], key.shape[-2]
+    keys = key.shape[-2]
     if block_indices is not None:
-        positions = more.get("position_ids", torch.arange(keys - queries, keys, device=key.device))
-        attention_mask = module.indexer.build_block_mask(  # type: ignore[operator, union-attr]
-            block_indices, attention_mask, keys, query.dtype, query.device, positions
-        )
-    is_mask = attention_mask is not None and attention_mask.dtype == torch.bool
-    zeros = query.new_zeros(1, 1, 1, keys)
-    bias = zeros if attention_mask is None or is_mask else attention_mask
-    if position_bias is not None:
-        bias = bias + position_bias
-    if indices is not None:
-        bias = _only(indices, bias)
+        attention_mask = _in_blocks(module, block_indices, attention_mask, query, keys, **more)
+    mask, bias = _mask_and_bias(query, keys, attention_mask, position_bias, indices)
     if sinks is not None:
         key, value = (torch.cat([x, torch.zeros_like(x[..., :1, :])], dim=-2) for x in (key, value))
+        bias = query.new_zeros(1, 1, 1, keys) if bias is None else bias
         bias = torch.cat([bias.expand(*sinks.shape[:-1], -1), sinks.to(bias.dtype)], dim=-1)
     attended = attention(
         query,
         key,
         value,
-        mask=attention_mask if is_mask else None,
-        bias=None if bias is zeros else bias,
+        mask=mask,
+        bias=bias,
         scale=scaling,
         softcap=softcap,
         sinks=s_aux,
@@ -526,11 +518,45 @@ def _attend_for_transformers(
     return output, None if weights is None else weights[..., :keys]
 
 
-def _only(indices: Tensor, bias: Tensor) -> Tensor:
-    """The bias of chosen keys; ``indices`` names those of each query, shape ``(b, i, chosen)``."""
-    left = indices.new_ones(*indices.shape[:-1], bias.shape[-1], dtype=torch.bool)
-    left = rearrange(left.scatter(-1, indices.long(), False), "b i j -> b 1 i j")
-    return bias.masked_fill(left, torch.finfo(bias.dtype).min)
+def _mask_and_bias(
+    query: Tensor,
+    keys: int,
+    attention_mask: Tensor | None,
+    position_bias: Tensor | None,
+    indices: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What transformers adds to the scores; ``indices`` names the keys that a query may see, ``(b, i, chosen)``."""
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        mask, bias = attention_mask, position_bias
+    elif attention_mask is None or position_bias is None:
+        mask, bias = None, position_bias if attention_mask is None else attention_mask
+    else:
+        mask, bias = None, attention_mask + position_bias
+    if indices is not None:
+        left = indices.new_ones(*indices.shape[:-1], keys, dtype=torch.bool)
+        left = rearrange(left.scatter(-1, indices.long(), False), "b i j -> b 1 i j")
+        bias = query.new_zeros(1, 1, 1, keys) if bias is None else bias
+        bias = bias.masked_fill(left, torch.finfo(bias.dtype).min)
+    return mask, bias
+
+
+def _in_blocks(
+    module: Any,
+    block_indices: Tensor,
+    attention_mask: Tensor | None,
+    query: Tensor,
+    keys: int,
+    *,
+    position_ids: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """The mask of a module that chooses blocks of keys; it has a method for that, which eager attention uses too."""
+    if position_ids is None:
+        position_ids = torch.arange(keys - query.shape[-2], keys, device=query.device)[None]
+    mask: Tensor = module.indexer.build_block_mask(
+        block_indices, attention_mask, keys, query.dtype, query.device, position_ids
+    )
+    return mask
 
 
 class _Facts(NamedTuple):
@@ -566,7 +592,7 @@ def _facts(source: Any, prefix: str, types: tuple[str, ...]) -> _Facts:
         return next((value for value in found if value is not None), None)
 
     config = known("config") or getattr(source, "config", None)
-    check_known(config, types)
+    check_known(getattr(config, "model_type", type(parts[0]).__name__), config, types)
     heads = known("num_heads", "num_attention_heads") or getattr(
         config, "num_attention_heads", None
     )

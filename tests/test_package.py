@@ -54,8 +54,11 @@ MORE_FOREIGN = {"triton_kernel": {"triton"}}
 NOT_CORE = {"doctor", "convert", "plot", "triton_kernel", "_checks", *CLINIC}
 """What the design leaves out of the core, and the argument checks, which hold no attention and are not in the book."""
 
-CORE_LINES, ALL_LINES = 1300, 2250
-"""Lines of code, that is without docstrings, empty lines and overloads: an afternoon's reading."""
+CORE_LINES, ALL_LINES = 1300, 2800
+"""Lines of code, that is without docstrings, empty lines and overloads: an afternoon's reading.
+
+Of all lines, about 320 are ``convert`` and 680 the argument checks.
+"""
 
 DOCTOR_LINES = 2350
 """The doctor stands beside the library: nobody needs it to read or to use attention."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import architectures
-from tests.architectures import ARCHITECTURES, NOT_REACHED, tensors, tiny_model
+from tests.architectures import ARCHITECTURES, LENGTH, NOT_REACHED, tensors, tiny_model
 from tests.tolerances import Tolerance
 
 transformers = pytest.importorskip("transformers")
@@ -87,7 +87,7 @@ def use(model: Any, implementation: str) -> None:
     """Set it in every part; some hand no implementation on to their parts."""
     model.set_attn_implementation(implementation)
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if implementation == "eager" and hasattr(config, "_attn_implementation_internal"):
             config._attn_implementation_internal = implementation
 
@@ -97,7 +97,11 @@ def run(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     torch.manual_seed(3)
     with torch.no_grad():
         output = model(**batch)
-    return {name: value for name, value in tensors(output) if "attn" not in name and "attentions" not in name}
+    return {
+        name: value
+        for name, value in tensors(output)
+        if "attn" not in name and "attentions" not in name
+    }
 
 
 def first_that_fits(model: Any, padding: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -111,7 +115,9 @@ def first_that_fits(model: Any, padding: str | None) -> tuple[dict[str, Any], di
     raise AssertionError(f"{type(model).__name__} takes none of the inputs: {refused}")
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: Tolerance) -> None:
+def assert_same(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: Tolerance
+) -> None:
     """Equal, relative to the largest number of each tensor; NaN and infinity in the same places."""
     assert any(bool(value.isfinite().any()) for value in expected.values()), "nothing is a number"
     for name, value in expected.items():
@@ -182,6 +188,9 @@ FAMILIES = {
     "gpt_oss": "GptOssForCausalLM",
     "t5": "T5ForConditionalGeneration",
 }
+WEIGHING = [name for name in FAMILIES if name != "gpt2"]
+"""gpt2 keeps from the function that weights are wanted; without them no fused kernel could be used."""
+
 GENERATING = [name for name in FAMILIES if name != "bert"]
 
 
@@ -199,13 +208,16 @@ def test_gradients_are_those_of_eager_attention(name: str) -> None:
     for implementation in ("eager", NAME):
         use(model, implementation)
         model.zero_grad()
-        model(**batch).logits.square().mean().backward()
+        logits = model(**batch).logits
+        if logits.shape[1] == LENGTH:  # no loss counts the rows of padding
+            logits = logits[batch["attention_mask"].bool()]
+        logits.square().mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[1].keys() == gradients[0].keys()
     assert_same(gradients[1], gradients[0], LOGITS)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WEIGHING)
 def test_the_weights_are_those_of_eager_attention(name: str) -> None:
     model, batch = family(name)
     weights = []

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-colab"
 REQUIREMENTS = ROOT / "requirements-colab.txt"
+DATA = Path(sys.prefix) / "share" / "mha-book"
 
 
 def prepare() -> Path:
@@ -23,6 +24,8 @@ def prepare() -> Path:
     if not python.exists():
         venv.create(ENVIRONMENT, with_pip=True)
     pip(python, "install", "-r", str(REQUIREMENTS))
+    pip(python, "install", "--no-deps", "-r", str(ROOT / "requirements-no-deps.txt"))
+    shutil.copytree(DATA, ENVIRONMENT / "share" / DATA.name, dirs_exist_ok=True)
     pip(python, "uninstall", "--yes", "mha-lib")
     return python
 
