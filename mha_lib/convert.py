@@ -434,7 +434,7 @@ def permute_rotary(
         rotary_dim: How many features of a head turn; all if None.
 
     Returns:
-        As ``rows``, in the other order.
+        Shape ``(h d, e)`` or ``(h d,)``, as ``rows``, in the other order.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -465,6 +465,9 @@ def register_transformers(name: str = "mha_lib") -> None:
         TypeError: ``name`` is no string.
         ValueError: ``name`` is empty, or transformers uses it for something else.
         ImportError: transformers is not installed.
+
+    Example:
+        >>> register_transformers()  # afterwards model.set_attn_implementation("mha_lib") works
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

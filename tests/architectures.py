@@ -147,7 +147,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "UnlimitedOcrTextConfig": SAME_HEADS,
     "XmodConfig": {"default_language": "en_XX"},
-    "Zamba2Config": {"attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 8, **SAME_HEADS},
+    "Zamba2Config": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "n_mamba_heads": 8,
+        **SAME_HEADS,
+    },
     "Phi4MultimodalAudioConfig": {
         "nemo_conv_channels": 32,
         "depthwise_separable_out_channel": 32,
@@ -875,7 +880,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM",),
     "glm4v": ("Glm4vTextModel", "Glm4vVisionModel"),
     "glm4v_moe": ("Glm4vMoeTextModel", "Glm4vMoeVisionModel"),
-    "glm5_next": ("Glm5NextVisionModel",),
+    "glm5_next": ("Glm5NextTextModel", "Glm5NextVisionModel"),
     "glm_image": ("GlmImageTextModel", "GlmImageVisionModel"),
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM",),
     "glm_ocr": ("GlmOcrTextModel", "GlmOcrVisionModel"),
@@ -936,6 +941,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama4": ("Llama4ForCausalLM", "Llama4VisionModel"),
     "longcat_flash": ("LongcatFlashForCausalLM",),
     "longt5": ("LongT5Model",),
+    "lw_detr": ("LwDetrViTBackbone",),
     "m2m_100": ("M2M100Model",),
     "marian": ("MarianForCausalLM",),
     "markuplm": ("MarkupLMModel",),
@@ -1000,7 +1006,11 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "persimmon": ("PersimmonForCausalLM",),
     "phi": ("PhiForCausalLM",),
     "phi3": ("Phi3ForCausalLM",),
-    "phi4_multimodal": ("Phi4MultimodalForCausalLM", "Phi4MultimodalVisionModel"),
+    "phi4_multimodal": (
+        "Phi4MultimodalForCausalLM",
+        "Phi4MultimodalAudioModel",
+        "Phi4MultimodalVisionModel",
+    ),
     "phimoe": ("PhimoeForCausalLM",),
     "pix2struct": ("Pix2StructForConditionalGeneration",),
     "pixio": ("PixioModel",),
@@ -1023,7 +1033,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "qwen3": ("Qwen3ForCausalLM",),
     "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5VisionModel"),
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeVisionModel"),
-    "qwen3_asr": ("Qwen3ASRModel",),
+    "qwen3_asr": ("Qwen3ASREncoder",),
     "qwen3_moe": ("Qwen3MoeForCausalLM",),
     "qwen3_next": ("Qwen3NextForCausalLM",),
     "qwen3_omni_moe": (
@@ -1097,18 +1107,20 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "xmod": ("XmodForCausalLM+cross",),
     "yolos": ("YolosModel",),
     "youtu": ("YoutuForCausalLM",),
+    "zamba": ("ZambaForCausalLM",),
     "zaya": ("ZayaForCausalLM",),
 }
 """By modeling file the classes that together reach every class of attention in it; ``+cross``: as a decoder with
 cross-attention."""
 
-AT_LEAST = 320
+AT_LEAST = 322
 
 TIMM = "its vision part is a model of timm, which transformers refuses without torchvision"
 SESSION = "runs on an inference session of a video, not on tensors"
 UNUSED = "no model class that runs here uses this attention"
 SIZES = "its config refuses small sizes, or fixes relations between them that the rules do not know"
 NAN = "eager attention itself gives no numbers for inputs this short"
+ROUNDING = "amplifies rounding: off by 7e-4 in float32, by 5e-12 in float64"
 BIG = "stays above fifty million parameters"
 BUILD = "does not build from its config alone"
 INPUTS = "wants inputs or sizes of parts that the rules do not guess"
@@ -1138,13 +1150,12 @@ NOT_REACHED: dict[str, dict[str, str]] = {
     },
     "fun_asr_nano": {"FunAsrNanoAttention": INPUTS},
     "gemma4": {"Gemma4VisionAttention": SIZES},
-    "glm5_next": {"Glm5NextTextAttention": SIZES},
     "granite_speech5": {"GraniteSpeech5EncoderAttention": INPUTS},
     "inkling2": {"Inkling2VisionAttention": INPUTS},
     "kimi_k25": {"Kimi_K25VisionAttention": INPUTS},
     "kosmos2_5": {"Kosmos2_5VisionAttention": INPUTS},
     "lightglue": {"LightGlueAttention": INPUTS},
-    "lw_detr": {"LwDetrAttention": SIZES, "LwDetrViTAttention": SIZES},
+    "lw_detr": {"LwDetrAttention": INPUTS},
     "minicpm_ocr": {"MiniCPMOcrVisionAttention": INPUTS},
     "minicpmv4_6": {"MiniCPMV4_6VisionAttention": INPUTS},
     "minicpmv4_7": {"MiniCPMV4_7VisionAttention": INPUTS},
@@ -1157,12 +1168,10 @@ NOT_REACHED: dict[str, dict[str, str]] = {
     "neucodec": {"NeuCodecAttention": INPUTS},
     "pe_audio_video": {"PeAudioVideoEncoderAttention": TIMM},
     "pe_video": {"PeVideoEncoderAttention": TIMM},
-    "phi4_multimodal": {"Phi4MultimodalAudioAttention": INPUTS},
     "pp_doclayout_v3": {"PPDocLayoutV3SelfAttention": INPUTS},
     "pp_ocrv5_mobile_rec": {"PPOCRV5MobileRecAttention": INPUTS},
     "pp_ocrv6_small_rec": {"PPOCRV6SmallRecAttention": INPUTS},
-    "qwen2_5_omni": {"DiTAttention": BIG, "Qwen2_5OmniAudioAttention": BIG},
-    "qwen3_asr": {"Qwen3ASRAudioAttention": INPUTS},
+    "qwen2_5_omni": {"DiTAttention": INPUTS, "Qwen2_5OmniAudioAttention": INPUTS},
     "qwen3_omni_moe": {"Qwen3OmniMoeAudioAttention": INPUTS},
     "sam": {"SamAttention": INPUTS},
     "sam2": {"Sam2Attention": INPUTS, "Sam2MultiScaleAttention": INPUTS},
@@ -1176,10 +1185,9 @@ NOT_REACHED: dict[str, dict[str, str]] = {
     },
     "sam_hq": {"SamHQAttention": INPUTS},
     "sapiens2": {"Sapiens2Attention": INPUTS},
-    "seamless_m4t": {"SeamlessM4TConformerSelfAttention": INPUTS},
-    "seamless_m4t_v2": {"SeamlessM4Tv2ConformerSelfAttention": INPUTS},
+    "seamless_m4t": {"SeamlessM4TConformerSelfAttention": ROUNDING},
+    "seamless_m4t_v2": {"SeamlessM4Tv2ConformerSelfAttention": ROUNDING},
     "xcodec2": {"Xcodec2Attention": INPUTS},
-    "zamba": {"ZambaAttention": INPUTS},
     "zamba2": {"Zamba2Attention": INPUTS},
 }
 """Classes of attention that no tiny model reaches, by modeling file, and why."""
