@@ -1,4 +1,4 @@
-"""Teaches nbval to compare figures, and to run the notebooks on the device that the run is for.
+"""Teaches nbval to compare figures and interactive views, and to run the notebooks on the device that the run is for.
 
 MHA_BOOK_DEVICE=cpu (the default) hides every GPU from the notebooks. MHA_BOOK_DEVICE=cuda demands one, and each
 notebook that chooses a device must then have allocated memory on it. Where CI=true, a run whose skipped tests are not
@@ -9,8 +9,10 @@ left out.
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import os
+import re
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,12 +36,23 @@ CUDA_USED = (
 )
 
 
+VIEW = 'class="mha-explorer"'
+VIEW_WEIGHTS = re.compile(r'data-weights="([^"]*)"')
+VIEW_TABLE = re.compile(r"<tbody>.*?</tbody>", re.DOTALL)
+VIEW_STEPS = 1
+
+
 class BookCell(nbval.plugin.IPyNbCell):  # type: ignore[misc]
     """A cell whose PNG figures are compared too; nbval itself passes over them."""
 
     def compare_outputs(self, test: Any, ref: Any, skip_compare: Any = None) -> bool:
-        """Compare as nbval does, then figure by figure."""
-        if not super().compare_outputs(test, ref, skip_compare):
+        """Compare as nbval does, then interactive views by their weights, then figure by figure."""
+        if not super().compare_outputs(without_weights(test), without_weights(ref), skip_compare):
+            return False
+        if view_distance(test, ref) > VIEW_STEPS:
+            self.comparison_traceback.append(
+                f"the weights of a view differ by more than {VIEW_STEPS} of 255 steps"
+            )
             return False
         fresh, stored = figures(test), figures(ref)
         if len(fresh) != len(stored):
@@ -162,6 +175,32 @@ def pytest_collect_file(
         else collector
         for collector in (yield)
     ]
+
+
+def without_weights(outputs: Any) -> Any:
+    """The outputs of a cell; of interactive views without the weights and without the table that rounds them."""
+    outputs = copy.deepcopy(outputs)
+    for output in outputs:
+        page = output.get("data", {}).get("text/html", "")
+        if VIEW in page:
+            output["data"]["text/html"] = VIEW_TABLE.sub("", VIEW_WEIGHTS.sub("", page))
+    return outputs
+
+
+def view_distance(test: Any, ref: Any) -> int:
+    """The largest difference of a weight in interactive views, in the steps they are kept in."""
+    fresh, stored = (
+        [
+            np.frombuffer(base64.b64decode(weights), dtype=np.uint8).astype(int)
+            for output in outputs
+            if VIEW in (page := output.get("data", {}).get("text/html", ""))
+            for weights in VIEW_WEIGHTS.findall(page)
+        ]
+        for outputs in (test, ref)
+    )
+    return max(
+        (int(np.abs(new - old).max()) for new, old in zip(fresh, stored, strict=True)), default=0
+    )
 
 
 def figures(outputs: Any) -> list[str]:

@@ -722,25 +722,63 @@ def check_plot(
     weights: object, query_tokens: object, key_tokens: object, titles: object, columns: object
 ) -> None:
     """Check the arguments of ``plot_attention``."""
-    weights = check_floating("weights", _dense("weights", weights))
-    if weights.is_meta:
-        raise ValueError("weights must hold numbers to be drawn, got a tensor on device meta")
+    weights = _check_drawn(weights)
     if weights.ndim not in (2, 3):
         advice = "for one sample of a batch write weights[0]" if weights.ndim == 4 else ""
         raise ValueError(
             f"weights must have shape (query, key) or (heads, query, key), got {_shape(weights)}"
             + _advice(advice)
         )
-    if weights.numel() == 0:
-        raise ValueError(f"weights must not be empty, got {_shape(weights)}")
-    if not bool(((weights > -PLOT_SLACK) & (weights < 1 + PLOT_SLACK)).all()):
-        low, high = weights.min().item(), weights.max().item()
-        raise ValueError(f"weights must lie between 0 and 1, got {low:.3g} .. {high:.3g}")
     _check_labels("query_tokens", query_tokens, weights.shape[-2])
     _check_labels("key_tokens", key_tokens, weights.shape[-1])
     if titles is not None:
         _check_labels("titles", titles, weights.shape[0] if weights.ndim == 3 else 1)
     check_int("columns", columns, minimum=1)
+
+
+def check_explored(weights: object, tokens: object, key_tokens: object, caption: object) -> Tensor:
+    """Check the arguments of ``explore_attention``; return the weights as ``(layers, h, i, j)`` on the CPU."""
+    if isinstance(weights, (list, tuple)):
+        layers = [_dense(f"weights[{at}]", layer) for at, layer in enumerate(weights)]
+        if len({layer.shape for layer in layers}) != 1 or layers[0].ndim != 3:
+            shapes = ", ".join(_shape(layer) for layer in layers)
+            raise ValueError(
+                f"weights must hold one tensor (heads, query, key) a layer, all of one shape, got [{shapes}]"
+                + _advice("for one sample of a batch write [layer[0] for layer in weights]")
+            )
+        weights = torch.stack([layer.detach().cpu() for layer in layers])
+    weights = _check_drawn(weights)
+    if weights.ndim not in (2, 3, 4):
+        raise ValueError(
+            "weights must have shape (query, key), (heads, query, key) or (layers, heads, query, key), "
+            f"got {_shape(weights)}"
+        )
+    _check_labels("tokens", tokens, weights.shape[-2])
+    _check_labels("key_tokens", key_tokens, weights.shape[-1])
+    if not isinstance(caption, str):
+        raise TypeError(f"caption must be a string, got {_describe(caption)}")
+    weights = weights.detach().cpu().clamp(0, 1)
+    return weights[(None,) * (4 - weights.ndim)]
+
+
+def check_index(name: str, value: object, size: int) -> int:
+    """Check that ``value`` counts one of ``size`` things, from 0."""
+    index = check_int(name, value, minimum=0)
+    if index >= size:
+        raise ValueError(f"{name} must be below {size}, got {index}")
+    return int(index)
+
+
+def _check_drawn(weights: object) -> Tensor:
+    weights = check_floating("weights", _dense("weights", weights))
+    if weights.is_meta:
+        raise ValueError("weights must hold numbers to be drawn, got a tensor on device meta")
+    if weights.numel() == 0:
+        raise ValueError(f"weights must not be empty, got {_shape(weights)}")
+    if not bool(((weights > -PLOT_SLACK) & (weights < 1 + PLOT_SLACK)).all()):
+        low, high = weights.min().item(), weights.max().item()
+        raise ValueError(f"weights must lie between 0 and 1, got {low:.3g} .. {high:.3g}")
+    return weights
 
 
 def _as_int(name: str, value: object, expected: str) -> int:

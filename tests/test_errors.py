@@ -27,6 +27,7 @@ from mha_lib import (
     choose_backend,
     diagnose,
     document_mask,
+    explore_attention,
     merge_heads,
     padding_mask,
     plot_attention,
@@ -143,6 +144,10 @@ GOOD: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "plot_attention": (
         plot_attention,
         {"weights": zeros(2, 2, 3), "query_tokens": ["a", "b"], "key_tokens": ["c", "d", "e"]},
+    ),
+    "explore_attention": (
+        explore_attention,
+        {"weights": zeros(4, 2, 2, 3), "tokens": ["a", "b"], "key_tokens": ["c", "d", "e"]},
     ),
 }
 
@@ -958,6 +963,105 @@ CASES = [
     ),
     *flags("plot_attention", "annotate"),
     *counts("plot_attention", "columns", 1),
+    *refused(
+        "explore_attention", "weights", TypeError, "tensor", "ndarray", weights=np.zeros((2, 3))
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        TypeError,
+        "floating",
+        "torch.bool",
+        weights=zeros(2, 3, dtype=torch.bool),
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        ValueError,
+        "(layers, heads, query, key)",
+        "got (3,)",
+        weights=zeros(3),
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        ValueError,
+        "(layers, heads, query, key)",
+        "got (1, 1, 1, 2, 3)",
+        weights=zeros(1, 1, 1, 2, 3),
+    ),
+    *refused(
+        "explore_attention", "weights", ValueError, "empty", "(0, 2, 3)", weights=zeros(0, 2, 3)
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        ValueError,
+        "between 0 and 1",
+        "1.5",
+        weights=torch.full((2, 3), 1.5),
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        ValueError,
+        "between 0 and 1",
+        "nan",
+        weights=torch.full((2, 3), torch.nan),
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        ValueError,
+        "numbers",
+        "meta",
+        weights=zeros(2, 3, device="meta"),
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        ValueError,
+        "one tensor (heads, query, key) a layer",
+        "(1, 2, 2, 3)",
+        "layer[0]",
+        weights=[zeros(1, 2, 2, 3)],
+    ),
+    *refused(
+        "explore_attention",
+        "weights",
+        ValueError,
+        "all of one shape",
+        "(2, 2, 3), (3, 2, 3)",
+        weights=[zeros(2, 2, 3), zeros(3, 2, 3)],
+    ),
+    *refused("explore_attention", "weights", ValueError, "one tensor", "[]", weights=[]),
+    *refused(
+        "explore_attention",
+        "weights",
+        TypeError,
+        "weights[1]",
+        "tensor",
+        "list",
+        weights=[zeros(2, 2, 3), [1.0]],
+    ),
+    *refused(
+        "explore_attention", "tokens", TypeError, "sequence of strings", "str 'ab'", tokens="ab"
+    ),
+    *refused("explore_attention", "tokens", ValueError, "2 strings", "got 1", tokens=["a"]),
+    *refused(
+        "explore_attention", "key_tokens", TypeError, "sequence of strings", "int 3", key_tokens=3
+    ),
+    *refused(
+        "explore_attention", "key_tokens", ValueError, "3 strings", "got 2", key_tokens=["a", "b"]
+    ),
+    *refused("explore_attention", "caption", TypeError, "string", "int 3", caption=3),
+    *refused("explore_attention", "layer", ValueError, "below 4", "got 4", layer=4),
+    *counts("explore_attention", "layer", 0),
+    *refused("explore_attention", "head", ValueError, "below 2", "got 2", head=2),
+    *counts("explore_attention", "head", 0),
+    *refused("explore_attention", "query", ValueError, "below 2", "got 2", query=2),
+    *counts("explore_attention", "query", 0),
+    *refused("explore_attention", "view", ValueError, "'lines', 'matrix'", "'tree'", view="tree"),
     *each(
         "diagnose",
         "candidate",
