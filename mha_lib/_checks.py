@@ -18,6 +18,10 @@ from torch import Tensor, nn
 _CACHE_FACTS = ("dtype", "device", "batch", "heads", "head_dim", "length")
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_ELSEWHERE = (
+    *("alibi", "rotary_dim", "rope_pct", "qk_rope_head_dim"),
+    *("global_rope_theta", "local_rope_theta", "rope_local_base_freq"),
+)
 _ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
 
 PLOT_SLACK = 1e-3
@@ -481,7 +485,7 @@ def check_plain(name: str, **options: bool) -> None:
     used = [option for option, is_used in options.items() if is_used]
     if used:
         raise ValueError(
-            f"{name} must not use what the other side does not have, got one with {', '.join(used)}"
+            f"{name} must not use what has no counterpart, got one with {', '.join(used)}"
         )
 
 
@@ -500,7 +504,8 @@ def check_source(source: Any, prefix: object, layers: list[str]) -> tuple[dict[s
             raise TypeError(f"source must have strings as keys, got {_describe(key)}")
     prefix = prefix.removesuffix(".") + "." if prefix else ""
     under = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-    if not any(f"{layer}.weight" in under for layer in layers):
+    begun = bool(prefix) and any(key.startswith(f"{layer}.") for key in under for layer in layers)
+    if not begun and not any(f"{layer}.weight" in under for layer in layers):
         ends = tuple(f"{layer}.weight" for layer in layers)
         fit = [key.removesuffix(end) for key in state for end in ends if _ends(key, end)]
         keys = list(under) or list(state)
@@ -552,6 +557,49 @@ def check_thirds(key: str, rows: Tensor) -> Tensor:
             f"{key} must hold queries, keys and values, a multiple of 3 rows, got {rows.shape[0]}"
         )
     return rows
+
+
+def check_packed(key: str, weight: Tensor) -> None:
+    """Check that a packed weight has its columns as ``Conv1D`` keeps them, not its rows as ``nn.Linear`` does."""
+    rows, columns = weight.shape
+    if rows == 3 * columns:
+        raise ValueError(
+            f"{key} must have shape (embed_dim, 3 * embed_dim), stored as transformers' Conv1D does, got "
+            f"{_shape(weight)}"
+            + _advice("for matrices of nn.Linear transpose it and c_proj.weight")
+        )
+
+
+def check_torch_keys(names: Sequence[str], packed: bool) -> None:
+    """Check that the tensors of torch's module are the plain ones; parametrized and pruned ones have others."""
+    inputs = ["in_proj_weight"] if packed else [f"{part}_proj_weight" for part in "qkv"]
+    plain, biases = [*inputs, "out_proj.weight"], ["in_proj_bias", "out_proj.bias"]
+    if sorted(names) not in (sorted(plain), sorted(plain + biases)):
+        raise ValueError(
+            f"module must have exactly the tensors {_some(plain)}, with both biases or without, got {_some(names)}"
+        )
+
+
+def check_parts(strangers: Sequence[str]) -> None:
+    """Check that an attention module has no parts besides those that are known."""
+    if strangers:
+        raise ValueError(
+            f"source must have no parts but the layers of its attention and dropout, got {_some(strangers)}"
+        )
+
+
+def check_causal(causal: bool) -> None:
+    """Check that a source that is always causal here is so there."""
+    if not causal:
+        raise ValueError("source must be causal, got one whose config has is_causal=False")
+
+
+def check_same_size(name: str, expected: int, found: int | None) -> None:
+    """Check that what a source says of a size is what its weights say."""
+    if found is not None and found != expected:
+        raise ValueError(
+            f"source must have {name}={found}, as it says itself, got weights that make it {expected}"
+        )
 
 
 def check_layers(
@@ -633,6 +681,16 @@ def check_config(config: Any) -> tuple[int, dict[str, Any]]:
     if config is None or isinstance(config, (str, int, float, list, tuple, type)):
         raise TypeError(f"config must be a config or a mapping, got {_describe(config)}")
     entries = config if isinstance(config, Mapping) else vars(config)
+    foreign = [name for name in _ROPE_ELSEWHERE if entries.get(name)]
+    if foreign:
+        raise ValueError(
+            f"config must describe its rotary positions by rope_theta, got {_some(foreign)}"
+        )
+    positions = entries.get("position_embedding_type") or "rotary"
+    if positions not in ("rotary", "rope"):
+        raise ValueError(
+            f"config must have rotary positions, got position_embedding_type={positions!r}"
+        )
     rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     for name, other in {
         "rope_theta": "rotary_emb_base",
@@ -665,7 +723,7 @@ def check_config(config: Any) -> tuple[int, dict[str, Any]]:
 
 def check_rope(rope: dict[str, Any]) -> tuple[str, float, float, float, float]:
     """Return the type of a scaling and its four numbers, where it has them; unknown ones are refused."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _ROPE_NUMBERS:
         raise ValueError(f"rope_type must be {', '.join(_ROPE_NUMBERS)}, got {kind!r}")
     unknown = [
@@ -681,6 +739,8 @@ def check_rope(rope: dict[str, Any]) -> tuple[str, float, float, float, float]:
     factor, low, high, length = map(check_real, _LLAMA3, numbers)
     if factor <= 0:
         raise ValueError(f"factor must be positive, got {factor}")
+    if kind == "llama3" and low >= high:
+        raise ValueError(f"low_freq_factor must be below high_freq_factor={high}, got {low}")
     return kind, factor, low, high, length
 
 
@@ -704,7 +764,7 @@ def check_name(name: object, registered: Mapping[str, Any], function: object) ->
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {_describe(name)}")
     taken = name == "eager" or registered.get(name, function) is not function
-    if not name or taken or "flash" in name or "|" in name:
+    if not name or taken or "flash" in name or {"|", "/"} & set(name):
         raise ValueError(f"name must be a free name of an attention implementation, got {name!r}")
 
 

@@ -5,6 +5,7 @@ Built in chapter 6 of the book.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mha_lib._checks import (
     check_bool,
+    check_causal,
     check_config,
     check_heads,
     check_keys,
@@ -22,12 +24,16 @@ from mha_lib._checks import (
     check_layers,
     check_matrix,
     check_name,
+    check_packed,
+    check_parts,
     check_permutation,
     check_plain,
     check_rope,
     check_rotary_given,
+    check_same_size,
     check_source,
     check_thirds,
+    check_torch_keys,
     check_type,
 )
 from mha_lib.attention import attention
@@ -58,7 +64,7 @@ SEPARATE = ("q_proj", "k_proj", "v_proj", "out_proj")
 BERT = Layout(
     dict(zip(("self.query", "self.key", "self.value", "output.dense"), SEPARATE, strict=True)),
     biased=SEPARATE,
-    beside=("output.LayerNorm.weight", "output.LayerNorm.bias"),
+    beside=tuple(f"output.LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta")),
 )
 GPT2 = Layout(
     {"c_attn": "qkv_proj", "c_proj": "out_proj"},
@@ -105,14 +111,15 @@ def from_torch(module: nn.MultiheadAttention) -> MultiHeadAttention:
     """
     check_type("module", module, nn.MultiheadAttention)
     check_plain("module", add_bias_kv=module.bias_k is not None, add_zero_attn=module.add_zero_attn)
+    check_torch_keys(list(module.state_dict()), module.in_proj_weight is not None)
     state: dict[str, _Named] = {}
     for key, tensor in module.state_dict().items():
         if key.startswith("in_proj_"):
             state |= _unpacked(key.removeprefix("in_proj_"), _Named(key, tensor))
         else:
             state[key.replace("_proj_weight", "_proj.weight")] = _Named(key, tensor)
-    sizes = {"kdim": module.kdim, "vdim": module.vdim}
-    return _assembled(state, module.num_heads, dropout=module.dropout, like=module, **sizes)
+    facts = _Facts(dropout=module.dropout, training=module.training)
+    return _assembled(state, module.num_heads, facts, kdim=module.kdim, vdim=module.vdim)
 
 
 def to_torch(attention: MultiHeadAttention) -> nn.MultiheadAttention:
@@ -136,7 +143,7 @@ def to_torch(attention: MultiHeadAttention) -> nn.MultiheadAttention:
         True
     """
     check_type("attention", attention, MultiHeadAttention)
-    state = {name: tensor.clone() for name, tensor in attention.state_dict().items()}
+    state = attention.state_dict()
     default = attention.head_dim**-0.5
     check_plain(
         "attention",
@@ -153,6 +160,9 @@ def to_torch(attention: MultiHeadAttention) -> nn.MultiheadAttention:
     )
     biased = SEPARATE if "q_proj.bias" in state else ()
     check_keys(state, "", list(SEPARATE), list(biased), ())
+    named = {key: _Named(key, tensor) for key, tensor in state.items()}
+    sizes = check_layers(named, attention.num_heads, attention.kdim, attention.vdim)
+    check_same_size("head_dim", sizes["head_dim"], attention.head_dim)
     with torch.device("meta"):
         module = nn.MultiheadAttention(
             attention.embed_dim,
@@ -171,7 +181,7 @@ def to_torch(attention: MultiHeadAttention) -> nn.MultiheadAttention:
         packed["in_proj_weight"] = torch.cat(weights)
     else:
         packed |= {f"{part}_proj_weight": w for part, w in zip("qkv", weights, strict=True)}
-    module.load_state_dict(state | packed, assign=True)
+    _fill(module, {**state, **packed})
     return module.train(attention.training)
 
 
@@ -197,7 +207,8 @@ def from_simple(module: SimpleMultiHeadAttention) -> MultiHeadAttention:
     check_type("module", module, SimpleMultiHeadAttention)
     layout = Layout({name: name for name in ("qkv_proj", "out_proj")})
     state = _read(module.state_dict(), "", layout)
-    return _assembled(state, module.num_heads, causal=module.causal, like=module)
+    facts = _Facts(training=module.training)
+    return _assembled(state, module.num_heads, facts, causal=module.causal)
 
 
 def from_split(module: SplitMultiHeadAttention) -> MultiHeadAttention:
@@ -231,7 +242,8 @@ def from_bert(
     Args:
         source: A module of transformers, or a state dict.
         prefix: What stands before ``self.query.weight`` in its names, such as ``"encoder.layer.0.attention"``.
-        num_heads: Number of heads, ``h``; read from a module of transformers, needed for a state dict.
+        num_heads: Number of heads, ``h``; read from a module of transformers, needed for a state dict. A state dict
+            holds weights alone: that nothing else is special (a scale, cross-attention) is up to you.
 
     Returns:
         The same function with copies of the weights.
@@ -249,16 +261,10 @@ def from_bert(
         >>> from_bert(state, "layer", num_heads=2)(torch.randn(1, 3, 8)).shape
         torch.Size([1, 3, 8])
     """
-    state = _read(source, prefix, BERT)
-    facts = _facts(source, prefix, ("bert", "roberta", "camembert", "xlm-roberta", "electra"))
-    return _assembled(
-        state,
-        check_heads(num_heads, facts.num_heads),
-        dropout=facts.get("attention_probs_dropout_prob", 0.0),
-        causal=facts.get("is_decoder", False),
-        scale=facts.scale,
-        like=source,
-    )
+    facts = _facts(source, prefix, ("bert", "roberta", "camembert", "xlm-roberta", "electra"), BERT)
+    causal = facts.get("is_decoder", False)
+    check_causal(facts.is_causal or not causal)
+    return _assembled(_read(source, prefix, BERT), num_heads, facts, causal=causal)
 
 
 def from_gpt2(
@@ -269,7 +275,8 @@ def from_gpt2(
     Args:
         source: A module of transformers, or a state dict.
         prefix: What stands before ``c_attn.weight`` in its names, such as ``"h.0.attn"``.
-        num_heads: Number of heads, ``h``; read from a module of transformers, needed for a state dict.
+        num_heads: Number of heads, ``h``; read from a module of transformers, needed for a state dict. A state dict
+            holds weights alone: that nothing else is special (a scale, cross-attention) is up to you.
 
     Returns:
         The same function with copies of the weights.
@@ -286,16 +293,9 @@ def from_gpt2(
         >>> from_gpt2(state, num_heads=2)(torch.randn(1, 3, 8)).shape
         torch.Size([1, 3, 8])
     """
-    state = _read(source, prefix, GPT2)
-    facts = _facts(source, prefix, ("gpt2",))
-    return _assembled(
-        state,
-        check_heads(num_heads, facts.num_heads),
-        dropout=facts.get("attn_pdrop", 0.0),
-        causal=True,
-        scale=facts.scale,
-        like=source,
-    )
+    facts = _facts(source, prefix, ("gpt2",), GPT2)
+    check_causal(facts.is_causal)
+    return _assembled(_read(source, prefix, GPT2), num_heads, facts, causal=True)
 
 
 def from_vit(
@@ -307,7 +307,8 @@ def from_vit(
         source: A module, or a state dict. The layouts of transformers 4 (``attention.query``) and 5 (``q_proj``) and
             of timm (``qkv``) are told by their names.
         prefix: What stands before those names, such as ``"layers.0.attention"`` or ``"blocks.0.attn"``.
-        num_heads: Number of heads, ``h``; read from a module, needed for a state dict.
+        num_heads: Number of heads, ``h``; read from a module, needed for a state dict. A state dict holds weights
+            alone: that nothing else is special, such as a norm of queries, is up to you.
 
     Returns:
         The same function with copies of the weights.
@@ -325,15 +326,8 @@ def from_vit(
         >>> from_vit(state, "blocks.0.attn", num_heads=2)(torch.randn(1, 3, 8)).shape
         torch.Size([1, 3, 8])
     """
-    state = _read(source, prefix, *VIT)
-    facts = _facts(source, prefix, ("vit", "deit", "dinov2", "Attention"))
-    return _assembled(
-        state,
-        check_heads(num_heads, facts.num_heads),
-        dropout=facts.get("attention_probs_dropout_prob", facts.dropout),
-        scale=facts.scale,
-        like=source,
-    )
+    facts = _facts(source, prefix, ("vit", "deit", "dinov2", "timm.Attention"), *VIT)
+    return _assembled(_read(source, prefix, *VIT), num_heads, facts)
 
 
 def from_llama(
@@ -351,8 +345,8 @@ def from_llama(
         prefix: What stands before ``q_proj.weight`` in its names, such as ``"layers.0.self_attn"``.
         num_heads: Number of query heads, ``h``; read from a module of transformers, needed for a state dict. The number
             of key/value heads follows from the shapes.
-        rotary: The rotary positions; made by :func:`rotary_from_config` for a module of transformers, needed for a
-            state dict.
+        rotary: The rotary positions, copied; made by :func:`rotary_from_config` for a module of transformers, needed
+            for a state dict, which does not tell a window or a scale either.
 
     Returns:
         The same function with copies of the weights.
@@ -370,19 +364,21 @@ def from_llama(
         >>> attention.num_kv_heads
         1
     """
-    state = _read(source, prefix, LLAMA)
-    facts = _facts(source, prefix, ("llama", "mistral", "mixtral", "qwen2"))
+    facts = _facts(source, prefix, ("llama", "mistral", "mixtral", "qwen2"), LLAMA)
+    check_causal(facts.is_causal or facts.window is None)
     check_rotary_given(rotary, facts.config)
-    return _assembled(
-        state,
-        check_heads(num_heads, facts.num_heads),
-        dropout=facts.get("attention_dropout", 0.0),
-        causal=facts.get("is_causal", True),
+    found = rotary_from_config(facts.config) if rotary is None else copy.deepcopy(rotary)
+    result = _assembled(
+        _read(source, prefix, LLAMA),
+        num_heads,
+        facts,
+        causal=facts.is_causal,
         window=facts.window,
-        rotary=rotary_from_config(facts.config) if rotary is None else rotary,
-        scale=facts.scale,
-        like=source,
+        rotary=found,
     )
+    if isinstance(found, RotaryEmbedding) and rotary is None:
+        check_same_size("rotary features", result.head_dim, found.dim)
+    return result
 
 
 def rotary_from_config(config: Any) -> RotaryEmbedding:
@@ -393,7 +389,7 @@ def rotary_from_config(config: Any) -> RotaryEmbedding:
             ``linear`` and ``llama3`` of scaling are known, and ``partial_rotary_factor``.
 
     Returns:
-        For pairs that are half a head apart.
+        For pairs that are half a head apart; whether the model has these is not in its config.
 
     Raises:
         TypeError: ``config`` is neither, or a number in it is none.
@@ -411,7 +407,8 @@ def rotary_from_config(config: Any) -> RotaryEmbedding:
     kind, factor, low, high, length = check_rope(rope)
     if kind == "default":
         return RotaryEmbedding(dim, base=base)
-    frequencies = base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    exponents = torch.arange(0, dim, 2, device="cpu", dtype=torch.float64) / dim
+    frequencies = base**-exponents
     if kind == "linear":
         return RotaryEmbedding(dim, base=base, frequencies=frequencies / factor)
     turns = length * frequencies / (2 * math.pi)
@@ -456,7 +453,8 @@ def register_transformers(name: str = "mha_lib") -> None:
     """Let models of transformers compute their attention with :func:`mha_lib.attention`.
 
     Afterwards ``attn_implementation=name`` works in every model that looks its attention up by name. Such a model gets
-    the additive mask that eager attention gets, so that its numbers are eager's, in padded rows too.
+    the additive mask that eager attention gets, so that its numbers are eager's, in padded rows too (but in float16,
+    where the mask's least number is not far from the scores, not there). Weights are returned before dropout.
 
     Args:
         name: What to register it as.
@@ -568,44 +566,74 @@ class _Facts(NamedTuple):
     Attributes:
         config: The config of transformers, if there is one.
         num_heads: Number of query heads, if known.
+        head_dim: Features of one head, if known.
         scale: Factor of the scores, if known.
         window: Keys that a query sees, if limited.
-        dropout: Of a module without a config.
+        dropout: Probability with which a weight is dropped.
+        training: Whether dropout acts.
     """
 
     config: Any = None
     num_heads: int | None = None
+    head_dim: int | None = None
     scale: float | None = None
     window: int | None = None
     dropout: float = 0.0
+    training: bool = True
 
     def get(self, name: str, default: Any) -> Any:
         """An entry of the config."""
         return getattr(self.config, name, default)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether the config, if there is one, leaves a causal model causal."""
+        return bool(self.get("is_causal", True))
 
-def _facts(source: Any, prefix: str, types: tuple[str, ...]) -> _Facts:
+
+def _facts(source: Any, prefix: str, types: tuple[str, ...], *layouts: Layout) -> _Facts:
     """What the modules at ``prefix`` know of themselves; models of other types are refused."""
     if not isinstance(source, nn.Module):
         return _Facts()
-    parts = list(source.get_submodule(prefix.rstrip(".")).modules())
+    _read_source(source, prefix, layouts)
+    attention = source.get_submodule(prefix.rstrip("."))
+    parts = list(attention.modules())
 
-    def known(*names: str) -> Any:
+    def first(*names: str) -> Any:
         found = (getattr(part, name, None) for name in names for part in parts)
         return next((value for value in found if value is not None), None)
 
-    config = known("config") or getattr(source, "config", None)
-    check_known(getattr(config, "model_type", type(parts[0]).__name__), config, types)
-    heads = known("num_heads", "num_attention_heads") or getattr(
-        config, "num_attention_heads", None
+    config = first("config") or getattr(source, "config", None)
+    package, kind = type(attention).__module__.split(".")[0], type(attention).__name__
+    own_type = f"{package}.{kind}" if package == "timm" else kind
+    check_known(getattr(config, "model_type", None) or own_type, config, types)
+    crosses = first("is_cross_attention") or any("Cross" in type(part).__name__ for part in parts)
+    check_plain("source", cross_attention=bool(crosses))
+    check_parts(
+        [name for name, part in attention.named_modules() if _is_strange(name, part, layouts)]
     )
-    window = known("sliding_window")
+    window = first("sliding_window")
     if window is None and getattr(config, "model_type", None) in ("mistral", "mixtral"):
         window = getattr(config, "sliding_window", None)
-    dropout = getattr(known("attn_drop"), "p", 0.0)
-    crosses = known("is_cross_attention") or any("Cross" in type(part).__name__ for part in parts)
-    check_plain("source", cross_attention=bool(crosses))
-    return _Facts(config, heads, known("scaling", "scale"), window, dropout)
+    dropout = first("attention_dropout", "attn_dropout", "attn_drop", "dropout")
+    return _Facts(
+        config,
+        first("num_heads", "num_attention_heads") or getattr(config, "num_attention_heads", None),
+        first("head_dim", "attention_head_size"),
+        first("scaling", "scale"),
+        window,
+        getattr(dropout, "p", dropout) or 0.0,
+        attention.training,
+    )
+
+
+def _is_strange(name: str, part: nn.Module, layouts: tuple[Layout, ...]) -> bool:
+    """Whether a module without children is neither a layer of a layout, nor beside it, nor dropout."""
+    if next(part.children(), None) is not None or isinstance(part, nn.Dropout | nn.Identity):
+        return False
+    layers = {layer for layout in layouts for layer in layout.layers}
+    beside = {key.rpartition(".")[0] for layout in layouts for key in layout.beside}
+    return not any(name == known or name.endswith(f".{known}") for known in layers | beside - {""})
 
 
 class _Named(NamedTuple):
@@ -615,19 +643,28 @@ class _Named(NamedTuple):
     tensor: Tensor
 
 
+def _read_source(
+    source: Any, prefix: str, layouts: tuple[Layout, ...]
+) -> tuple[dict[str, Tensor], str]:
+    """What stands under the prefix, without it, and the prefix with its dot."""
+    return check_source(source, prefix, [next(iter(layout.layers)) for layout in layouts])
+
+
 def _read(source: Any, prefix: str, *layouts: Layout) -> dict[str, _Named]:
     """The tensors under ``prefix`` by our names, from the layout that fits best."""
-    state, prefix = check_source(source, prefix, [next(iter(known.layers)) for known in layouts])
-    layout = max(layouts, key=lambda known: sum(f"{name}.weight" in state for name in known.layers))
+    state, prefix = _read_source(source, prefix, layouts)
+    layout = max(layouts, key=lambda each: sum(f"{name}.weight" in state for name in each.layers))
     biased = [theirs for theirs, ours in layout.layers.items() if ours in layout.biased]
     check_keys(state, prefix, list(layout.layers), biased, layout.beside)
     found: dict[str, _Named] = {}
     for theirs, ours in layout.layers.items():
+        packed = ours == "qkv_proj"
         for kind in ("weight", "bias"):
             if (key := f"{theirs}.{kind}") in state:
                 tensor = check_matrix(prefix + key, state[key], kind)
+                if layout.transposed and packed and kind == "weight":
+                    check_packed(prefix + key, tensor)
                 named = _Named(prefix + key, tensor.t() if layout.transposed else tensor)
-                packed = ours == "qkv_proj"
                 found |= _unpacked(kind, named) if packed else {f"{ours}.{kind}": named}
     return found
 
@@ -642,16 +679,32 @@ def _unpacked(kind: str, packed: _Named) -> dict[str, _Named]:
 
 
 def _assembled(
-    state: dict[str, _Named], num_heads: int, *, like: Any, **options: Any
+    state: dict[str, _Named],
+    num_heads: int | None,
+    facts: _Facts,
+    *,
+    kdim: int | None = None,
+    vdim: int | None = None,
+    **options: Any,
 ) -> MultiHeadAttention:
     """A module with copies of the tensors in ``state``; sizes are told by their shapes."""
-    options |= check_layers(state, num_heads, options.pop("kdim", None), options.pop("vdim", None))
+    options |= check_layers(state, check_heads(num_heads, facts.num_heads), kdim, vdim)
+    check_same_size("head_dim", options["head_dim"], facts.head_dim)
     options |= {"bias": "q_proj.bias" in state, "out_bias": "out_proj.bias" in state}
+    options |= {"dropout": facts.dropout, "scale": facts.scale}
     with torch.device("meta"):
         module = MultiHeadAttention(**options)
-    copies = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, (_, tensor) in state.items()
-    }
-    module.load_state_dict(copies, assign=True)
-    return module.train(getattr(like, "training", True))
+    _fill(module, {name: tensor for name, (_, tensor) in state.items()})
+    if module.rotary is not None:
+        module.rotary.to(module.q_proj.weight.device)
+    return module.train(facts.training)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a module on meta copies of the tensors; they can be trained even if this runs in inference mode."""
+    with torch.inference_mode(mode=False):
+        copies = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        module.load_state_dict(copies, assign=True)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from mha_lib import (
     KVCache,
@@ -1360,3 +1361,223 @@ def test_wrong_permutations(changed: dict[str, Any], name: str) -> None:
     }
     with pytest.raises(REFUSED, match=name):
         convert.permute_rotary(given.pop("rows"), given.pop("head_dim"), **given)
+
+
+# What a review found: sources that look like a known one and compute something else
+
+
+def tiny_llama(config: str = "LlamaConfig", **settings: Any) -> Any:
+    """A small model of the Llama family, drawn."""
+    needs("transformers")
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 50}
+    kind = getattr(transformers, config)
+    model = getattr(transformers, config.replace("Config", "Model"))
+    return drawn(model(kind(**sizes, **settings)))
+
+
+def tiny_bert(**settings: Any) -> Any:
+    needs("transformers")
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes |= {"intermediate_size": 16, "vocab_size": 50}
+    return drawn(transformers.BertModel(transformers.BertConfig(**sizes, **settings)))
+
+
+@pytest.mark.parametrize("config", ["LlamaConfig", "MistralConfig", "Qwen2Config"])
+def test_a_partial_rotation_that_the_model_ignores_is_refused(config: str) -> None:
+    with pytest.raises(ValueError, match="rotary features=4"):
+        convert.from_llama(tiny_llama(config, partial_rotary_factor=0.5), "layers.0.self_attn")
+
+
+@pytest.mark.parametrize("option", ["qk_norm", "scale_norm"])
+def test_norms_without_parameters_are_seen(option: str) -> None:
+    needs("timm")
+    norm = partial(nn.LayerNorm, elementwise_affine=False)
+    source = timm_attention().Attention(32, num_heads=4, norm_layer=norm, **{option: True})
+    with pytest.raises(ValueError, match=r"no parts but .* got '(q_)?norm'"):
+        convert.from_vit(source)
+
+
+def test_a_norm_without_parameters_is_seen_in_llama() -> None:
+    model = tiny_llama()
+    model.layers[0].self_attn.q_norm = nn.LayerNorm(8, elementwise_affine=False)
+    with pytest.raises(ValueError, match="no parts but"):
+        convert.from_llama(model, "layers.0.self_attn")
+
+
+def test_another_class_named_attention_is_not_believed() -> None:
+    class Attention(nn.Module):
+        """Names of timm, rows (h three d)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj, self.num_heads = nn.Linear(8, 24), nn.Linear(8, 8), 2
+
+    with pytest.raises(ValueError, match=r"timm\.Attention, got Attention"):
+        convert.from_vit(Attention())
+
+
+def test_a_module_with_some_of_the_heads_is_refused() -> None:
+    model = tiny_bert()
+    part = model.encoder.layer[0].attention
+    for name in ("query", "key", "value"):
+        setattr(part.self, name, nn.Linear(32, 16))
+    part.output.dense = nn.Linear(16, 32)
+    with pytest.raises(ValueError, match=r"head_dim=8.* 4"):
+        convert.from_bert(model, "encoder.layer.0.attention")
+
+
+def test_models_that_see_the_future_are_refused_where_we_are_causal() -> None:
+    with pytest.raises(ValueError, match="is_causal=False"):
+        convert.from_llama(
+            tiny_llama("MistralConfig", sliding_window=3, is_causal=False), "layers.0.self_attn"
+        )
+    with pytest.raises(ValueError, match="is_causal=False"):
+        convert.from_bert(tiny_bert(is_decoder=True, is_causal=False), "encoder.layer.0.attention")
+    import transformers
+
+    settings: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 1, "is_causal": False}
+    config = transformers.GPT2Config(**settings)
+    with pytest.raises(ValueError, match="is_causal=False"):
+        convert.from_gpt2(transformers.GPT2Model(config), "h.0.attn")
+    free = convert.from_llama(tiny_llama(is_causal=False), "layers.0.self_attn")
+    assert not free.causal
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"alibi": True},
+        {"rotary_dim": 4},
+        {"rope_pct": 0.25},
+        {"qk_rope_head_dim": 8},
+        {"global_rope_theta": 1e4},
+        {"rope_local_base_freq": 1e4},
+        {"position_embedding_type": "absolute"},
+    ],
+    ids=lambda entry: next(iter(entry)),
+)
+def test_configs_with_other_positions_are_refused(entry: dict[str, Any]) -> None:
+    config = {"hidden_size": 32, "num_attention_heads": 4, **entry}
+    with pytest.raises(ValueError, match=next(iter(entry))):
+        convert.rotary_from_config(config)
+
+
+def test_llama3_frequencies_must_be_in_order() -> None:
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 4.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = {"hidden_size": 32, "num_attention_heads": 4, "rope_scaling": rope}
+    with pytest.raises(ValueError, match=r"low_freq_factor must be below high_freq_factor=4\.0"):
+        convert.rotary_from_config(config)
+
+
+def test_rotary_from_config_works_while_models_are_made_on_meta() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0}
+    config = {"hidden_size": 32, "num_attention_heads": 4, "rope_scaling": rope}
+    with torch.device("meta"):
+        made = convert.rotary_from_config(config)
+    torch.testing.assert_close(made.frequencies, convert.rotary_from_config(config).frequencies)
+
+
+def test_old_names_of_the_norm_beside_are_left() -> None:
+    model = tiny_bert()
+    old = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for key, tensor in model.state_dict().items()
+    }
+    path = "encoder.layer.0.attention"
+    assert_same(
+        convert.from_bert(old, path, num_heads=4).state_dict(),
+        convert.from_bert(model, path).state_dict(),
+    )
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj"])
+def test_pruned_torch_modules_are_refused(name: str) -> None:
+    module = nn.MultiheadAttention(8, 2)
+    owner = module.out_proj if name == "out_proj" else module
+    which = "weight" if name == "out_proj" else name
+    prune.l1_unstructured(owner, which, 0.5)  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match="must have exactly the tensors"):
+        convert.from_torch(module)
+
+
+def test_sharded_and_mixed_modules_do_not_become_torchs() -> None:
+    module = MultiHeadAttention(8, 2)
+    module.k_proj = module.k_proj.double()
+    with pytest.raises(ValueError, match=r"dtype.*q_proj"):
+        convert.to_torch(module)
+    module = MultiHeadAttention(8, 2)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(module, name, nn.Linear(8, 4))
+    module.out_proj = nn.Linear(4, 8)
+    with pytest.raises(ValueError, match="head_dim=4"):
+        convert.to_torch(module)
+
+
+def test_what_is_converted_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        ours = convert.from_torch(nn.MultiheadAttention(8, 2))
+        theirs = convert.to_torch(ours)
+    x = torch.randn(1, 3, 8)
+    for output in (ours(x), theirs(x, x, x)[0]):
+        torch.autograd.backward(output.sum())
+    assert all(
+        parameter.grad is not None for parameter in [*ours.parameters(), *theirs.parameters()]
+    )
+
+
+def test_a_given_rotary_is_copied() -> None:
+    model, given = tiny_llama().eval(), RotaryEmbedding(8, base=500.0)
+    made = convert.from_llama(model, "layers.0.self_attn", rotary=given)
+    assert made.rotary is not given
+    assert given.training
+    assert isinstance(made.rotary, RotaryEmbedding)
+    assert made.rotary.base == 500.0
+
+
+def test_dropout_and_mode_are_those_of_the_attention_itself() -> None:
+    model = tiny_bert(attention_probs_dropout_prob=0.1).train()
+    part = model.encoder.layer[0].attention.eval()
+    part.self.dropout.p = 0.25
+    made = convert.from_bert(model, "encoder.layer.0.attention")
+    assert (made.dropout, made.training) == (0.25, False)
+    other = tiny_llama()
+    other.layers[1].self_attn.attention_dropout = 0.3
+    assert convert.from_llama(other, "layers.1.self_attn").dropout == 0.3
+
+
+@pytest.mark.parametrize("name", ["a/b", "kernels-community/mine"])
+def test_names_that_transformers_would_download_are_refused(name: str) -> None:
+    needs("transformers")
+    with pytest.raises(ValueError, match="free name"):
+        convert.register_transformers(name)
+
+
+def test_a_wrapped_layer_is_named_and_no_other_prefix_proposed() -> None:
+    state = dict(tiny_bert().state_dict())
+    key = "encoder.layer.0.attention.self.query."
+    for kind in ("weight", "bias"):
+        state[f"{key}base_layer.{kind}"] = state.pop(key + kind)
+    with pytest.raises(ValueError, match="base_layer") as caught:
+        convert.from_bert(state, "encoder.layer.0.attention", num_heads=4)
+    assert "layer.1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_the_gpt_of_plain_linear_layers_is_told_to_transpose(width: int) -> None:
+    state = {"c_attn.weight": torch.randn(3 * width, width), "c_attn.bias": torch.randn(3 * width)}
+    state |= {"c_proj.weight": torch.randn(width, width), "c_proj.bias": torch.randn(width)}
+    with pytest.raises(ValueError, match=r"c_attn\.weight must have shape .*transpose"):
+        convert.from_gpt2(state, num_heads=4)

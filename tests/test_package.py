@@ -54,10 +54,10 @@ MORE_FOREIGN = {"triton_kernel": {"triton"}}
 NOT_CORE = {"doctor", "convert", "plot", "explore", "triton_kernel", "_checks", *CLINIC}
 """What the design leaves out of the core, and the argument checks, which hold no attention and are not in the book."""
 
-CORE_LINES, ALL_LINES = 1300, 2900
+CORE_LINES, ALL_LINES = 1300, 3000
 """Lines of code, that is without docstrings, empty lines and overloads: an afternoon's reading.
 
-Of all lines, about 350 are ``convert`` and 710 the argument checks.
+Of all lines, about 370 are ``convert`` and 750 the argument checks.
 """
 
 DOCTOR_LINES = 2350
@@ -316,7 +316,9 @@ def wheel(built: Path) -> zipfile.ZipFile:
 def test_the_wheel_holds_the_library_and_nothing_else(built: Path) -> None:
     names = {name for name in wheel(built).namelist() if ".dist-info/" not in name}
     library = {f"mha_lib/{path.name}" for path in PACKAGE.glob("*.py")}
-    assert names == library | {f"mha_lib/{name}" for name in ("py.typed", "book.mplstyle", "explore.html")}
+    assert names == library | {
+        f"mha_lib/{name}" for name in ("py.typed", "book.mplstyle", "explore.html")
+    }
     assert any(name.endswith("licenses/LICENSE") for name in wheel(built).namelist())
 
 
