@@ -37,6 +37,21 @@ def test_numbers_in_the_prose_come_from_cells(notebook: Path) -> None:
     assert book_checks.number_problems(notebook) == []
 
 
+@pytest.mark.parametrize("name", ["Block", "GPT"])
+def test_two_pages_show_the_same_gpt(name: str) -> None:
+    """The page on the cache runs alone, so it repeats the model of the page before."""
+    shown = [
+        ast.unparse(node)
+        for page in ("08_gpt", "08_cache")
+        for _, cell in book_checks.code_cells(book_checks.read(ROOT / "book" / f"{page}.ipynb"))
+        if f"class {name}(" in cell.source
+        for node in ast.parse(cell.source).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    ]
+    assert len(shown) == 2
+    assert shown[0] == shown[1]
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_chapters_choose_their_device(chapter: Path) -> None:
     line = 'device = "cuda" if torch.cuda.is_available() else "cpu"'
