@@ -73,7 +73,7 @@ def explore_attention(
     Example:
         >>> import torch
         >>> view = explore_attention(torch.eye(2), ["the", "cat"])
-        >>> "<script>" in view.html, "http://" in view.html.replace("http://www.w3.org", "")
+        >>> "<script>" in view.html, "http" in view.html
         (True, False)
     """
     key_tokens = tokens if key_tokens is None else key_tokens

@@ -123,8 +123,7 @@ def test_a_dollar_is_a_dollar() -> None:
 
 def test_nothing_is_fetched_and_nothing_has_an_id() -> None:
     fragment = explore_attention(weights(3, 3), TOKENS).html
-    addresses = set(re.findall(r"https?://[^\s\"'`]+", fragment))
-    assert addresses == {"http://www.w3.org/2000/svg"}
+    assert "http" not in fragment
     assert not re.search(r"""\bsrc=|\bhref=|@import|url\(|fetch\(|import\(|\bid=""", fragment)
 
 
