@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-CELL_TIMEOUT_SECONDS = 240
+CELL_TIMEOUT_SECONDS = 600
 KEPT_CELL_METADATA = ("tags", "mystnb")
 KEPT_NOTEBOOK_METADATA = ("accelerator", "colab")
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
