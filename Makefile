@@ -1,5 +1,5 @@
 # make book       the book as HTML in _build/html
-# make test       everything that "done" means
+# make test       everything that "done" means, in JOBS=2 processes
 # make test-all   make test and what takes longer
 # make bench      measure this machine, and write benchmarks/results/
 # make env        the environment alone
@@ -11,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
+JOBS ?= 2
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard book/*.ipynb)
 
@@ -37,7 +38,7 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: test test-more
 
@@ -45,9 +46,10 @@ test-all: test test-more
 test-more: test-second-machine test-colab
 	MHA_DRAWS=200 $(BIN)/python -m pytest tests/test_attention.py tests/test_heads.py tests/test_masks.py \
 		tests/test_modules.py tests/test_multihead.py
+	MHA_PAGES=all $(BIN)/python -m pytest tests/test_browser.py
 	MHA_ARCHITECTURES=all $(BIN)/python -m pytest tests/test_transformers.py
 
-# The notebooks once more as on another machine: plain CPU kernels, another number of threads.
+# The notebooks once more as on another machine: plain CPU kernels.
 test-second-machine: env
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest book
 

@@ -109,17 +109,6 @@ def test_wrong_answers_are_diagnosed(notebook: Path) -> None:
     assert exercise_checks.wrong_answer_problems(notebook, wrong) == []
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pages, built without a single warning."""
-    output = tmp_path_factory.mktemp("site")
-    done = site_checks.build_book(ROOT, output)
-    assert done.returncode == 0, "\n".join(
-        line for line in done.stderr.splitlines() if "WARNING" in line or "ERROR" in line
-    )
-    return output / "_build" / "html"
-
-
 def test_the_book_builds_without_a_warning(site: Path) -> None:
     built = {path.stem for path in (site / "book").glob("*.html")}
     assert {page.stem for page in PAGES} <= built

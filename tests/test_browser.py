@@ -1,0 +1,198 @@
+"""The built pages in a real browser, opened from the disk as a reader would."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Error, Page, sync_playwright
+
+from tests import book_checks
+from tests.support import ROOT
+
+PAGES = [page.stem for page in book_checks.toc_pages(ROOT)]
+PHONE = {"width": 360, "height": 780}
+DESKTOP = {"width": 1280, "height": 900}
+GRAVE = ("serious", "critical")
+ALL_PAGES = os.environ.get("MHA_PAGES") == "all"
+EXAMINED = (
+    PAGES if ALL_PAGES else ["index", "01_query_key_value", "03_logical_split", "04_doctor", "api"]
+)
+"""The pages that axe goes through, which takes seconds for each; ``make test-all`` takes every page."""
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+
+each_page = pytest.mark.parametrize("name", PAGES)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium or Chrome of this machine."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        try:
+            started = playwright.chromium.launch(
+                executable_path=program, channel=None if program else "chrome", args=FLAGS
+            )
+        except Error as error:
+            if os.environ.get("CI") == "true":
+                raise
+            pytest.skip(f"needs Chromium or Chrome: {error.message.splitlines()[0]}")
+        yield started
+        started.close()
+
+
+class Reader:
+    """A page in the browser, and what it complained about or asked other machines for."""
+
+    def __init__(
+        self, browser: Browser, site: Path, size: dict[str, int], theme: str = "light"
+    ) -> None:
+        self.site = site
+        self.page: Page = browser.new_page(viewport=size, color_scheme=theme)  # type: ignore[arg-type]
+        self.complaints: list[str] = []
+        self.page.on("console", lambda message: self.hear(message.type, message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.watch(request.url))
+
+    def hear(self, kind: str, text: str) -> None:
+        """Remember errors."""
+        if kind == "error":
+            self.complaints.append(text)
+
+    def watch(self, url: str) -> None:
+        """Remember what does not come from the disk."""
+        if not url.startswith(("file:", "data:", "blob:")):
+            self.complaints.append(f"asked for {url}")
+
+    def open(self, address: str) -> Page:
+        """Open a page of the book and wait until its formulas are set."""
+        self.page.goto(f"{self.site.as_uri()}/{address}")
+        self.page.evaluate("window.MathJax?.startup?.promise")
+        return self.page
+
+
+@pytest.fixture
+def desktop(browser: Browser, site: Path) -> Iterator[Reader]:
+    reader = Reader(browser, site, DESKTOP)
+    yield reader
+    reader.page.close()
+
+
+@pytest.fixture
+def phone(browser: Browser, site: Path) -> Iterator[Reader]:
+    reader = Reader(browser, site, PHONE, "dark")
+    yield reader
+    reader.page.close()
+
+
+def barriers(page: Page) -> list[str]:
+    """What axe finds that keeps somebody out."""
+    found: list[dict[str, Any]] = (
+        Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    )
+    return [
+        f"{rule['id']}: {node['html'][:200]}"
+        for rule in found
+        if rule["impact"] in GRAVE
+        for node in rule["nodes"]
+    ]
+
+
+def test_axe_finds_what_is_wrong(desktop: Reader) -> None:
+    desktop.page.set_content("<main><img src='data:,'><p style='color:#ccc'>pale</p></main>")
+    assert {problem.partition(":")[0] for problem in barriers(desktop.page)} >= {
+        "image-alt",
+        "color-contrast",
+    }
+
+
+def test_a_complaint_is_heard(desktop: Reader) -> None:
+    desktop.page.set_content("<script>console.error('here'); throw Error('there')</script>")
+    assert desktop.complaints == ["here", "there"]
+
+
+@each_page
+def test_pages_open_quietly_and_fit_a_phone(phone: Reader, name: str) -> None:
+    page = phone.open(f"book/{name}.html")
+    assert page.locator("h1").first.inner_text()
+    assert phone.complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+@pytest.mark.parametrize("name", EXAMINED)
+def test_pages_keep_nobody_out(desktop: Reader, name: str) -> None:
+    page = desktop.open(f"book/{name}.html")
+    assert desktop.complaints == []
+    assert barriers(page) == []
+
+
+@pytest.mark.parametrize("name", PAGES if ALL_PAGES else ["index", "03_logical_split"])
+def test_the_dark_theme_on_a_phone_keeps_nobody_out(phone: Reader, name: str) -> None:
+    page = phone.open(f"book/{name}.html")
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    assert barriers(page) == []
+
+
+def test_the_search_finds_a_term(desktop: Reader) -> None:
+    page = desktop.open("search.html?q=softcap")
+    page.locator("#search-results li a", has_text="The finished module").first.wait_for()
+    assert desktop.complaints == []
+
+
+def test_the_theme_can_be_switched(desktop: Reader) -> None:
+    page = desktop.open("book/index.html")
+    seen = []
+    for _ in range(3):
+        page.locator("button.theme-switch-button").first.click()
+        seen.append(page.locator("html").get_attribute("data-theme"))
+    assert {"light", "dark"} <= set(seen)
+
+
+def test_code_can_be_copied(desktop: Reader) -> None:
+    desktop.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = desktop.open("book/01_query_key_value.html")
+    block = page.locator(".cell_input .highlight:visible").first
+    block.hover()
+    block.locator("button.copybtn").click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.split() == block.locator("pre").inner_text().split()
+
+
+def test_solutions_are_folded_and_open(desktop: Reader) -> None:
+    page = desktop.open("book/03_logical_split.html")
+    solution = page.locator("div.solution.dropdown").first
+    inside = solution.locator("p:not(.admonition-title)").first
+    assert not inside.is_visible()
+    solution.locator("button.toggle-button").first.click()
+    inside.wait_for(state="visible", timeout=5000)
+
+
+def test_pages_can_be_downloaded(desktop: Reader) -> None:
+    for name in PAGES:
+        page = desktop.open(f"book/{name}.html")
+        source = page.locator("a.btn-download-source-button").first.get_attribute("href")
+        assert source
+        assert (desktop.site / "book" / source).resolve().is_file()
+
+
+def test_attention_is_explored_by_mouse_and_keyboard(desktop: Reader) -> None:
+    page = desktop.open("book/03_logical_split.html")
+    view = page.locator(".mha-explorer").first
+    told = view.locator(".row")
+    queries = view.get_by_role("listbox").first.get_by_role("option")
+    queries.nth(1).hover()
+    by_mouse = told.inner_text()
+    queries.nth(1).click()
+    page.keyboard.press("ArrowDown")
+    by_keyboard = told.inner_text()
+    assert by_mouse != by_keyboard
+    queries.nth(2).hover()
+    assert told.inner_text() == by_keyboard
+    view.get_by_label("view").select_option("matrix")
+    assert view.locator(".stage canvas").is_visible()
+    assert desktop.complaints == []
