@@ -17,6 +17,7 @@ from tools.notebook import KERNELSPEC, clean
 ALLOWED_TAGS = {
     "blank",
     "check",
+    "figures",
     "hide-cell",
     "hide-input",
     "hide-output",
@@ -24,6 +25,8 @@ ALLOWED_TAGS = {
     "raises-exception",
     "remove-cell",
     "remove-input",
+    "rules",
+    "verdicts",
 }
 MOST_IGNORED_CELLS = 8
 LARGEST_NOTEBOOK = 1_500_000
