@@ -40,8 +40,8 @@ def table() -> dict[str, tuple[str, str]]:
     """The figures and the verdict that the page shows for each claim."""
     (output,) = cell_tagged("verdicts")[1].outputs
     rows = re.findall(
-        r"\| \[.+?\]\(#claims-([a-z-]+)\) \| (.+?) \| \*\*(.+?)\*\* \| .+? \|",
-        output.data["text/markdown"],
+        r'href="#claims-([a-z-]+)">.+?</a></td><td>(.+?)</td><td><strong>(.+?)</strong>',
+        output.data["text/html"],
     )
     return {name: (figures, verdict) for name, figures, verdict in rows}
 
