@@ -209,8 +209,8 @@ def redefinitions(cells: list[Cell], modules: dict[str, ast.Module]) -> list[str
     ]
 
 
-LENT = {"RotaryEmbedding"}
-"""Chapter 6 loads models that have rotary positions; what these are is the question of chapter 8."""
+LENT = {"RotaryEmbedding", "explore_attention"}
+"""Chapter 6 loads models with rotary positions, which chapter 8 builds; chapter 1 shows a view that chapter 3 builds."""
 
 
 def import_problems(package: Path, notebooks: list[Path]) -> list[str]:
