@@ -2,6 +2,7 @@
 # make test       everything that "done" means, in JOBS=2 processes
 # make test-all   make test and what takes longer
 # make bench      measure this machine, and write benchmarks/results/
+# make print      the book as one page and as a PDF, in _build/html (needs Chromium or Chrome)
 # make env        the environment alone
 # make chapter NB=book/01_query_key_value.ipynb    test one notebook while writing
 # make run NB=book/01_query_key_value.ipynb        execute it and save it clean
@@ -15,7 +16,7 @@ JOBS ?= 2
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard book/*.ipynb)
 
-.PHONY: env book test test-all test-more test-second-machine test-colab bench chapter run needs-notebook format clean
+.PHONY: env book print test test-all test-more test-second-machine test-colab bench chapter run needs-notebook format clean
 
 env: $(READY)
 
@@ -33,6 +34,9 @@ book: env
 	$(BIN)/jupyter-book build -W -n --keep-going .
 	@echo
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+print: book
+	$(BIN)/python -m tools.print_book _build/html
 
 test: env
 	$(BIN)/ruff check .

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
 from tools.notebook import KERNELSPEC, clean
+from tools.toc import toc_pages
 
 ALLOWED_TAGS = {
     "blank",
@@ -318,16 +318,6 @@ def closes(line: str, opening: str) -> bool:
     """Does this line end the fence that was opened so?"""
     marks = line.strip()
     return set(marks) == {opening[0]} and len(marks) >= len(opening)
-
-
-def toc_pages(root: Path) -> list[Path]:
-    """The pages that _toc.yml names, in order: Markdown where there is such a file, else a notebook."""
-    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    entries = [entry for part in toc["parts"] for entry in part["chapters"]]
-    pages = [page for entry in entries for page in (entry, *entry.get("sections", []))]
-    names = [toc["root"], *(page["file"] for page in pages)]
-    markdown = [(root / name).with_suffix(".md") for name in names]
-    return [page if page.exists() else page.with_suffix(".ipynb") for page in markdown]
 
 
 def toc_problems(root: Path) -> list[str]:

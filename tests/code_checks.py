@@ -210,7 +210,7 @@ def redefinitions(cells: list[Cell], modules: dict[str, ast.Module]) -> list[str
 
 
 LENT = {"RotaryEmbedding", "explore_attention"}
-"""Chapter 6 loads models with rotary positions, which chapter 8 builds; chapter 1 shows a view that chapter 3 builds."""
+"""Chapter 6 loads models with rotary positions, built in chapter 8; chapter 1 shows a view, built in chapter 3."""
 
 
 def import_problems(package: Path, notebooks: list[Path]) -> list[str]:

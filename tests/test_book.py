@@ -11,9 +11,10 @@ import pytest
 
 from tests import book_checks, code_checks, exercise_checks, site_checks
 from tests.support import ROOT
+from tools.toc import toc_pages
 
 PACKAGE = ROOT / "mha_lib"
-PAGES = book_checks.toc_pages(ROOT)
+PAGES = toc_pages(ROOT)
 NOTEBOOKS = [page for page in PAGES if page.suffix == ".ipynb"]
 YOUR_TURN = [page for page in NOTEBOOKS if page.name.startswith("your_turn_")]
 CHAPTERS = [page for page in NOTEBOOKS if page.name[0].isdigit()]

@@ -12,10 +12,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
-from tests import book_checks
 from tests.support import ROOT
+from tools.toc import toc_pages
 
-PAGES = [page.stem for page in book_checks.toc_pages(ROOT)]
+PAGES = [page.stem for page in toc_pages(ROOT)]
 PHONE = {"width": 360, "height": 780}
 DESKTOP = {"width": 1280, "height": 900}
 GRAVE = ("serious", "critical")
