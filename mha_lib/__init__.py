@@ -5,6 +5,7 @@ from mha_lib.attention import BackendChoice, attention, choose_backend
 from mha_lib.cache import KVCache
 from mha_lib.doctor import diagnose
 from mha_lib.explore import explore_attention
+from mha_lib.explore_split import explore_split
 from mha_lib.heads import merge_heads, split_heads
 from mha_lib.masks import alibi_bias, causal_mask, document_mask, padding_mask, sliding_window_mask
 from mha_lib.multihead import MultiHeadAttention
@@ -32,6 +33,7 @@ __all__ = [
     "diagnose",
     "document_mask",
     "explore_attention",
+    "explore_split",
     "merge_heads",
     "padding_mask",
     "plot_attention",

@@ -12,6 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
+from mha_lib import explore_split
 from tests.support import ROOT
 from tools.toc import toc_pages
 
@@ -21,7 +22,12 @@ DESKTOP = {"width": 1280, "height": 900}
 GRAVE = ("serious", "critical")
 ALL_PAGES = os.environ.get("MHA_PAGES") == "all"
 EXAMINED = (
-    PAGES if ALL_PAGES else ["index", "01_query_key_value", "03_logical_split", "04_doctor", "api"]
+    PAGES
+    if ALL_PAGES
+    else [
+        *("index", "01_query_key_value", "03_logical_split"),
+        *("04_common_mistakes", "claims", "api"),
+    ]
 )
 """The pages that axe goes through, which takes seconds for each; ``make test-all`` takes every page."""
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
@@ -195,4 +201,36 @@ def test_attention_is_explored_by_mouse_and_keyboard(desktop: Reader) -> None:
     assert told.inner_text() == by_keyboard
     view.get_by_label("view").select_option("matrix")
     assert view.locator(".stage canvas").is_visible()
+    assert desktop.complaints == []
+
+
+def test_the_split_is_explored_by_mouse_and_keyboard(desktop: Reader) -> None:
+    page = desktop.open("book/04_common_mistakes.html")
+    view = page.locator(".mha-split").first
+    told = view.locator(".row")
+    view.get_by_role("button", name="heads first").click()
+    assert "18 of 24 numbers misplaced" in view.inner_text()
+    cells = view.locator(".cell")
+    cells.nth(4).click()
+    by_mouse = told.inner_text()
+    page.keyboard.press("ArrowRight")
+    assert told.inner_text() != by_mouse
+    view.get_by_role("button", name="merge").click()
+    view.get_by_role("combobox").select_option(label="both mistakes")
+    assert "18 of 24" not in view.inner_text()
+    assert desktop.complaints == []
+
+
+def test_two_views_of_a_split_do_not_collide(desktop: Reader, tmp_path: Path) -> None:
+    views = explore_split(["<b>", "b"], 2, 2).html + explore_split(["<b>", "b"], 2, 2).html
+    (tmp_path / "two.html").write_text(
+        f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>two</title>{views}</html>",
+        encoding="utf-8",
+    )
+    desktop.page.goto((tmp_path / "two.html").as_uri())
+    one, other = desktop.page.locator(".mha-split").all()
+    before = other.inner_text()
+    one.get_by_role("button", name="merge").click()
+    assert other.inner_text() == before
+    assert "<b>" in before
     assert desktop.complaints == []

@@ -28,6 +28,7 @@ from mha_lib import (
     diagnose,
     document_mask,
     explore_attention,
+    explore_split,
     merge_heads,
     padding_mask,
     plot_attention,
@@ -149,6 +150,7 @@ GOOD: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
         explore_attention,
         {"weights": zeros(4, 2, 2, 3), "tokens": ["a", "b"], "key_tokens": ["c", "d", "e"]},
     ),
+    "explore_split": (explore_split, {"tokens": ["a", "b"], "num_heads": 2, "head_dim": 3}),
 }
 
 
@@ -1062,6 +1064,19 @@ CASES = [
     *refused("explore_attention", "query", ValueError, "below 2", "got 2", query=2),
     *counts("explore_attention", "query", 0),
     *refused("explore_attention", "view", ValueError, "'lines', 'matrix'", "'tree'", view="tree"),
+    *each(
+        "explore_split",
+        "tokens",
+        TypeError,
+        "an int or a sequence of strings",
+        [(1.5, "float 1.5"), ("ab", "str 'ab'"), (True, "bool True"), (None, "NoneType")],
+    ),
+    *refused("explore_split", "tokens", TypeError, "strings", "int", tokens=["a", 3]),
+    *refused("explore_split", "tokens", ValueError, "at least 1 string", "got 0", tokens=[]),
+    *refused("explore_split", "tokens", ValueError, "at least 1", "got 0", tokens=0),
+    *counts("explore_split", "num_heads", 1),
+    *counts("explore_split", "head_dim", 1),
+    *refused("explore_split", "head_dim", ValueError, "at most 256", "2 * 2 * 99", head_dim=99),
     *each(
         "diagnose",
         "candidate",

@@ -756,8 +756,8 @@ def test_the_expected_skips_exist() -> None:
 def test_a_broken_reference_fails_the_build(reference: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT / "book" / "_static", source / "book" / "_static")
-    (source / "tools").mkdir()
-    for name in ("_config.yml", "book/references.bib", "tools/book_pages.py"):
+    shutil.copytree(ROOT / "tools", source / "tools")
+    for name in ("_config.yml", "book/references.bib"):
         shutil.copy(ROOT / name, source / name)
     (source / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
     (source / "book" / "index.md").write_text(f"(here)=\n# A page\n\nGo {reference}.\n")

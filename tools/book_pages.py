@@ -1,10 +1,45 @@
-"""A Sphinx extension: leaves out the scripts of thebe, which these pages do not use and the theme writes twice."""
+"""A Sphinx extension: a button that opens a chapter in Colab, and no scripts of thebe.
+
+The pages do not use thebe, and the theme writes its scripts twice. The button is there only if the repository is known.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.repository import origin, repository
+
+COPIES = "https://colab.research.google.com/github/{repository}/blob/gh-pages/colab/{notebook}"
+
+
+def find_repository(app: Sphinx, config: Config) -> None:
+    """Keep the repository as a setting, so that pages are written anew when it changes."""
+    config.book_repository = repository(os.environ, origin(Path(app.srcdir)))
+
+
+def add_colab_button(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Lead from a page that was a notebook to its copy in Colab."""
+    source = Path(app.env.doc2path(page, base=False))
+    if not app.config.book_repository or source.suffix != ".ipynb" or source.parent != Path("book"):
+        return
+    button = {
+        "type": "link",
+        "url": COPIES.format(repository=app.config.book_repository, notebook=source.name),
+        "text": '<span class="d-none d-sm-inline">Open in </span>Colab',  # a phone has no room
+        "tooltip": "Open in Colab",
+        "label": "colab-button",
+        "classes": "fs-6 my-auto text-nowrap",
+    }
+    context["header_buttons"].insert(0, button)
 
 
 def drop_thebe(
@@ -21,5 +56,8 @@ def is_thebe(script: Any) -> bool:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx."""
+    app.add_config_value("book_repository", None, "html")
+    app.connect("config-inited", find_repository)
+    app.connect("html-page-context", add_colab_button, priority=900)
     app.connect("html-page-context", drop_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
