@@ -57,7 +57,7 @@ test-more: test-second-machine test-colab
 test-second-machine: env
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest book
 
-# Each notebook alone in an empty folder, with the versions that Colab has.
+# The Colab-ready copy of each notebook alone in an empty folder, with the versions that Colab has.
 test-colab: env
 	$(BIN)/python tools/colab.py $(NOTEBOOKS)
 
