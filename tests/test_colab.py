@@ -240,6 +240,9 @@ def test_the_button_is_there_if_the_repository_is_known(
     assert b"btn-download-source-button" in known["book/page.html"]
     assert {name for name, text in known.items() if b"colab" in text} == {"book/page.html"}
     assert site_checks.remote_assets(output / "_build" / "html") == []
+    picture = b"https://raw.githubusercontent.com/somebody/their-book/gh-pages/_static/social.png"
+    assert all(picture in text for name, text in known.items() if name.startswith("book/"))
+    assert not any(b"og:image" in text for text in without.values())
 
     monkeypatch.delenv("GITHUB_REPOSITORY")
     assert built(source, output) == without

@@ -341,3 +341,8 @@ def test_the_sdist_holds_the_library_without_tests(built: Path) -> None:
     assert {"mha_lib/py.typed", "mha_lib/book.mplstyle", "LICENSE", "README.md"} <= names
     assert {f"mha_lib/{path.name}" for path in PACKAGE.glob("*.py")} <= names
     assert not any(name.startswith(("tests", "book/", "tools")) for name in names)
+
+
+def test_the_citation_names_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {mha_lib.__version__}\n" in citation

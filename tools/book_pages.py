@@ -1,11 +1,14 @@
-"""A Sphinx extension: a button that opens a chapter in Colab, and no scripts of thebe.
+"""A Sphinx extension: a button that opens a chapter in Colab, a preview for links, and no scripts of thebe.
 
-The pages do not use thebe, and the theme writes its scripts twice. The button is there only if the repository is known.
+The pages do not use thebe, and the theme writes its scripts twice. Button and preview are there only if the repository
+is known.
 """
 
 from __future__ import annotations
 
+import html
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.repository import origin, repository
 
 COPIES = "https://colab.research.google.com/github/{repository}/blob/gh-pages/colab/{notebook}"
+PICTURE = "https://raw.githubusercontent.com/{repository}/gh-pages/_static/social.png"
 
 
 def find_repository(app: Sphinx, config: Config) -> None:
@@ -42,6 +46,24 @@ def add_colab_button(
     context["header_buttons"].insert(0, button)
 
 
+def add_preview(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Tell others what to show beside a link to the page: its title and the book's picture."""
+    if not app.config.book_repository:
+        return
+    shown = {
+        "og:type": "article",
+        "og:title": re.sub("<[^>]*>", "", context.get("title", "")) or app.config.html_title,
+        "og:site_name": app.config.html_title,
+        "og:image": PICTURE.format(repository=app.config.book_repository),
+    }
+    context["metatags"] = context.get("metatags", "") + "".join(
+        f'\n<meta property="{name}" content="{html.escape(html.unescape(text))}" />'
+        for name, text in shown.items()
+    )
+
+
 def drop_thebe(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
@@ -59,5 +81,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("book_repository", None, "html")
     app.connect("config-inited", find_repository)
     app.connect("html-page-context", add_colab_button, priority=900)
+    app.connect("html-page-context", add_preview, priority=900)
     app.connect("html-page-context", drop_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
