@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mha_lib._checks import check_int
+from mha_lib._checks import _as_int, _check_labels, check_int
 from mha_lib.explore import AttentionView
 
 MOST_NUMBERS = 256
@@ -29,6 +29,10 @@ MISTAKES = {
     "merge": "merge by reshape",
     "both": "both mistakes",
 }
+UNDONE = (
+    "The second mistake has undone the first: a round trip looks right, "
+    "though attention in between has read rows of other tokens and heads."
+)
 
 
 def explore_split(
@@ -79,14 +83,9 @@ def explore_split(
 def _names(tokens: object) -> list[str]:
     """The labels of the tokens; none if only their number is given."""
     if isinstance(tokens, str) or not isinstance(tokens, Sequence):
-        words = "an int or a sequence of strings"
-        if isinstance(tokens, bool) or not hasattr(tokens, "__index__"):
-            shown = f" {tokens!r}" if isinstance(tokens, (str, float, bool)) else ""
-            raise TypeError(f"tokens must be {words}, got {type(tokens).__name__}{shown}")
+        _as_int("tokens", tokens, "an int or a sequence of strings")
         return []
-    strange = [type(token).__name__ for token in tokens if not isinstance(token, str)]
-    if strange:
-        raise TypeError(f"tokens must be a sequence of strings, got a list with {strange[0]}")
+    _check_labels("tokens", tokens, len(tokens))
     if not tokens:
         raise ValueError("tokens must hold at least 1 string, got 0")
     return list(tokens)
@@ -95,7 +94,7 @@ def _names(tokens: object) -> list[str]:
 def _steps(n: int, h: int, d: int) -> list[dict[str, Any]]:
     """The four steps, each with its layout on the right path and on every wrong one."""
 
-    def layout(x: Tensor, code: str, pattern: str) -> dict[str, Any]:
+    def layout(x: Tensor, code: str, pattern: str, note: str = "") -> dict[str, Any]:
         after = pattern.split(" -> ")[1]
         axes = [axis.strip("()") for axis in re.findall(r"\(.*?\)|\w", after)]
         by_home = rearrange(x, f"{after} -> (b n h d)", n=n, h=h)
@@ -105,6 +104,7 @@ def _steps(n: int, h: int, d: int) -> list[dict[str, Any]]:
             "axes": list(zip(axes, x.shape, strict=True)),
             "numbers": x.flatten().tolist(),
             "misplaced": int((by_home != packed.flatten()).sum()),
+            "note": note,
         }
 
     def right(name: str, x: Tensor, pattern: str) -> tuple[Tensor, dict[str, Any]]:
@@ -121,20 +121,24 @@ def _steps(n: int, h: int, d: int) -> list[dict[str, Any]]:
     viewed = packed.view(1, h, n, d)
     view = layout(viewed, "packed.view(b, h, n, d)", "(b h n d) -> b h n d")
     _, view_merged = right("heads", viewed, "b h n d -> b n (h d)")
+    note = UNDONE if view["misplaced"] else ""
     reshape, as_read = "heads.reshape(b, n, h * d)", "(b n h d) -> b n (h d)"
-    wrong = {
+    merge = layout(heads.reshape(1, n, h * d), reshape, as_read)
+    undone = layout(viewed.reshape(1, n, h * d), reshape, as_read, note)
+    paths = {
         "split": [start, view, view, view_merged],
-        "merge": [start, cut, moved, layout(heads.reshape(1, n, h * d), reshape, as_read)],
-        "both": [start, view, view, layout(viewed.reshape(1, n, h * d), reshape, as_read)],
+        "merge": [start, cut, moved, merge],
+        "both": [start, view, view, undone],
     }
+    good = [start, cut, moved, merged]
     return [
         {
             "name": name,
-            "says": STEPS[name],
-            "right": on_path,
-            "wrong": {mistake: path[at] for mistake, path in wrong.items()},
+            "says": says,
+            "right": good[at],
+            "wrong": {mistake: path[at] for mistake, path in paths.items()},
         }
-        for at, (name, on_path) in enumerate(zip(STEPS, [start, cut, moved, merged], strict=True))
+        for at, (name, says) in enumerate(STEPS.items())
     ]
 
 

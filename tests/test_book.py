@@ -117,3 +117,11 @@ def test_the_book_builds_without_a_warning(site: Path) -> None:
 
 def test_the_pages_load_nothing_from_elsewhere(site: Path) -> None:
     assert site_checks.remote_assets(site) == []
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapters_say_how_long_they_ran(chapter: Path, site: Path) -> None:
+    path = ROOT / "benchmarks" / "run_times" / "cpu.json"
+    seconds = json.loads(path.read_text(encoding="utf-8"))["seconds"][chapter.stem]
+    page = (site / "book" / f"{chapter.stem}.html").read_text(encoding="utf-8")
+    assert f'<p class="run-time">Measured run time: {seconds} s on ' in page

@@ -1,12 +1,13 @@
-"""A Sphinx extension: a button that opens a chapter in Colab, a preview for links, and no scripts of thebe.
+"""A Sphinx extension: a button that opens a chapter in Colab, its measured run time, a preview for links.
 
-The pages do not use thebe, and the theme writes its scripts twice. Button and preview are there only if the repository
-is known.
+Button and preview are there only if the repository is known. The scripts of thebe, which the pages do not use and the
+theme writes twice, are left out.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import sys
@@ -64,6 +65,22 @@ def add_preview(
     )
 
 
+def add_run_time(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Say below the title of a notebook how long it ran when that was measured last, and on what."""
+    measured = []
+    for path in sorted(Path(app.srcdir, "benchmarks", "run_times").glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        facts, seconds = results["provenance"], results["seconds"].get(Path(page).name)
+        if seconds is not None:
+            machine = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores"
+            measured.append(f"{seconds} s on {html.escape(machine)}")
+    if measured:
+        line = f'<p class="run-time">Measured run time: {"; ".join(measured)}.</p>'
+        context["body"] = context["body"].replace("</h1>", f"</h1>\n{line}", 1)
+
+
 def drop_thebe(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
@@ -82,5 +99,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", find_repository)
     app.connect("html-page-context", add_colab_button, priority=900)
     app.connect("html-page-context", add_preview, priority=900)
+    app.connect("html-page-context", add_run_time, priority=900)
     app.connect("html-page-context", drop_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -65,6 +65,19 @@ def differs(**mistake: str) -> str:
     return DIFFERS.format(**{**RIGHT_DIFFERS, **mistake})
 
 
+RESTORED = """\
+def differs_in_training(module, x):
+    dropouts = [part for part in module.modules() if isinstance(part, nn.Dropout)]
+    rates = [part.p for part in dropouts]
+    for part in dropouts:
+        part.p = 0.0
+    differs = not torch.allclose(module.train()(x), module.eval()(x), atol=1e-6)
+    for part, rate in zip(dropouts, rates, strict=True):
+        part.p = rate
+    return differs
+"""
+
+
 def guess(
     tokens: str = "[0, 1, 2]", first: str = "merge_without_transpose", one: str = "True"
 ) -> str:
@@ -117,7 +130,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
             corner("torch.ones(queries, keys).tril(keys - queries + 1).bool()"),
             "one diagonal too many",
         ),
-        (corner("torch.ones(queries, keys).bool()"), "sees_future"),
+        (corner("torch.ones(queries, keys).bool()"), "nothing is forbidden"),
         (
             corner("torch.ones(queries, keys).tril(keys // 2 if keys > queries else 0).bool()"),
             "query i stands at position",
@@ -136,6 +149,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
             "the forgetful layer passes",
         ),
         (differs(copied="module"), "the dropout of the module is gone"),
+        (RESTORED, "the module is in another mode now"),
         (
             "def differs_in_training(module, x):\n    return diagnose(module, e, h, causal=True).healthy",
             "the right layer is accused",
