@@ -38,7 +38,7 @@ CUDA_USED = (
 
 VIEW = 'class="mha-explorer"'
 VIEW_WEIGHTS = re.compile(r'data-weights="([^"]*)"')
-VIEW_TABLE = re.compile(r"<tbody>.*?</tbody>", re.DOTALL)
+VIEW_ROUNDED = re.compile(r"<tbody>.*?</tbody>|<path .*?</svg>", re.DOTALL)
 VIEW_STEPS = 1
 
 
@@ -178,12 +178,12 @@ def pytest_collect_file(
 
 
 def without_weights(outputs: Any) -> Any:
-    """The outputs of a cell; of interactive views without the weights and without the table that rounds them."""
+    """The outputs of a cell; of interactive views without the weights and what rounds them."""
     outputs = copy.deepcopy(outputs)
     for output in outputs:
         page = output.get("data", {}).get("text/html", "")
         if VIEW in page:
-            output["data"]["text/html"] = VIEW_TABLE.sub("", VIEW_WEIGHTS.sub("", page))
+            output["data"]["text/html"] = VIEW_ROUNDED.sub("", VIEW_WEIGHTS.sub("", page))
     return outputs
 
 

@@ -49,7 +49,7 @@ def explore_attention(
     """Let the reader walk through attention weights: layers, heads, tokens, as lines or as a matrix.
 
     Works in a notebook, in Colab and in a plain page, by mouse and by keyboard, in light and dark. Without JavaScript
-    a table of the first choice is left. Weights are kept as bytes, so what is shown is right to 0.002.
+    a picture and a table of the first choice are left. Weights are kept as bytes, so what is shown is right to 0.002.
 
     Args:
         weights: Shape ``(i, j)``, ``(h, i, j)`` or ``(layers, h, i, j)``, numbers between 0 and 1; or one tensor
@@ -97,9 +97,25 @@ def explore_attention(
         start=html.escape(json.dumps(start)),
         caption=html.escape(caption),
         first=f"layer {layer}, head {head}",
+        width=shape[3],
+        height=shape[2],
+        pixels=min(16 * shape[3], 480),
+        picture=_picture(steps[layer, head]),
         rows=_table(steps[layer, head], tokens, key_tokens),
     )
     return AttentionView(fragment)
+
+
+def _picture(steps: Tensor) -> str:
+    """A heat map as SVG, in fifteen shades: cells of the same shade are one path."""
+    shades = (steps.int() + 8) // 17
+    paths = []
+    for shade in range(1, 16):
+        cells = (shades == shade).nonzero().tolist()
+        outline = "".join(f"M{j} {i}h1v1h-1z" for i, j in cells)
+        if cells:
+            paths.append(f'<path fill="#2f7fd6" fill-opacity="{shade / 15:.2f}" d="{outline}"/>')
+    return "\n".join(paths)
 
 
 def _table(steps: Tensor, tokens: Sequence[str], key_tokens: Sequence[str], most: int = 3) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from einops import rearrange
@@ -38,7 +40,7 @@ def plot_attention(
         columns: Panels side by side.
 
     Returns:
-        The figure; it is not shown and belongs to no window.
+        The figure, which a notebook displays; it is not shown otherwise and belongs to no window.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -66,6 +68,7 @@ def plot_attention(
     width = 5.2 / columns
     height = 1.0 + (width - 0.6) * len(query_tokens) / len(key_tokens)
     figure = Figure(figsize=(5.2 if columns > 1 else 4.2, rows * height), layout="constrained")
+    figure.__dict__["_repr_png_"] = partial(_png, figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, panel, title in zip(grid.flat, panels, titles, strict=False):
         _draw_panel(axes, panel, query_tokens, key_tokens, annotate=annotate)
@@ -78,6 +81,13 @@ def plot_attention(
     for axes in grid[:, 0]:
         axes.set_ylabel("query (reads)")
     return figure
+
+
+def _png(figure: Figure) -> bytes:
+    """What a notebook shows, also before its first use of pyplot."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", bbox_inches="tight")
+    return picture.getvalue()
 
 
 def _draw_panel(

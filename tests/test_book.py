@@ -77,6 +77,19 @@ def test_the_text_does_without_these_words(page: Path) -> None:
     assert book_checks.prose_problems(page) == []
 
 
+@pytest.mark.parametrize("chapter", "13678")
+def test_attention_can_be_explored_in_the_chapter(chapter: str) -> None:
+    views = [
+        page
+        for notebook in CHAPTERS
+        if notebook.name.startswith(f"0{chapter}")
+        for _, output in book_checks.outputs_of(book_checks.read(notebook), "execute_result")
+        if 'class="mha-explorer"' in (page := output.data.get("text/html", ""))
+    ]
+    assert views
+    assert all(len(view.encode()) < 200_000 for view in views)
+
+
 def test_the_code_of_the_book_is_the_code_of_the_library() -> None:
     assert code_checks.code_problems(PACKAGE, NOTEBOOKS) == []
 

@@ -103,6 +103,21 @@ def test_without_javascript_a_table_is_left() -> None:
     assert "cat 100%," not in text
 
 
+def test_without_javascript_a_picture_is_left() -> None:
+    given = torch.tensor([[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.2, 0.6]]])
+    picture = re.search(r"<svg.*?</svg>", explore_attention(given, TOKENS).html, re.DOTALL)
+    assert picture
+    assert 'viewBox="0 0 3 3"' in picture[0]
+    paths = re.findall(r'fill-opacity="(.*?)" d="(.*?)"', picture[0])
+    cells = {
+        (int(i), int(j)): float(strength)
+        for strength, path in paths
+        for j, i in re.findall(r"M(\d+) (\d+)h1v1h-1z", path)
+    }
+    assert cells.keys() == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)}
+    assert all(abs(cells[i, j] - given[0, i, j]) <= 0.5 / 15 + 0.01 for i, j in cells)
+
+
 def test_tokens_stay_text() -> None:
     size = len(HOSTILE)
     view = explore_attention(torch.eye(size), HOSTILE, caption="<b>&</b><script>")
@@ -153,6 +168,8 @@ def test_notebooks_are_compared_within_one_step() -> None:
     other = output(explore_attention(steps / 255, ["a", "b", "c"]).html)
     assert without_weights(other) != without_weights(stored)
     assert "data-weights" in stored[0]["data"]["text/html"]
+    assert "<path" in stored[0]["data"]["text/html"]
+    assert "<path" not in without_weights(stored)[0]["data"]["text/html"]
 
 
 def test_a_notebook_shows_it() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -128,6 +130,18 @@ def test_fits_the_page_and_can_be_read(heads: int) -> None:
     for axes in panels(figure):
         cell = axes.get_window_extent().width / len(KEYS)
         assert all(text.get_window_extent().width < cell for text in axes.texts)
+
+
+def test_a_notebook_shows_it_before_its_first_use_of_pyplot() -> None:
+    formatters = pytest.importorskip("IPython.core.formatters")
+    data, _ = formatters.DisplayFormatter().format(plot_attention(weights(), QUERIES, KEYS))
+    assert data["image/png"]
+
+
+def test_figures_can_be_copied() -> None:
+    figure = plot_attention(weights(2), QUERIES, KEYS)
+    for twin in (copy.deepcopy(figure), pickle.loads(pickle.dumps(figure))):
+        assert len(panels(twin)) == 2
 
 
 def test_can_be_saved() -> None:

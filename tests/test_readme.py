@@ -1,4 +1,4 @@
-"""The example that README.md and the first page show: one text, and it runs."""
+"""What README.md, the first page and the API page show: examples that run, a picture and times that are measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 
 from tests.support import ROOT
+from tools.picture import draw, two_heads
 
 
 def examples(page: str) -> list[str]:
@@ -17,6 +18,26 @@ def examples(page: str) -> list[str]:
 def test_readme_and_first_page_show_the_same_example() -> None:
     assert len(examples("README.md")) == 1
     assert examples("README.md") == examples("book/index.md")
+
+
+def test_the_example_of_the_api_page_runs() -> None:
+    (example,) = examples("book/api.md")
+    exec(compile(example, "api.md", "exec"), {})
+
+
+def test_the_picture_is_drawn_from_the_weights_of_the_chapter() -> None:
+    sentence, heads = two_heads()
+    assert {name: sentence[row.index(max(row))] for name, row in heads.items()} == {
+        "who": "cat",
+        "how": "tired",
+    }
+    drawn = (ROOT / "book" / "_static" / "two_heads.svg").read_text(encoding="utf-8")
+    assert drawn == draw(sentence, heads)
+    shown = re.findall(r">(\d\.\d\d)<", drawn)
+    assert shown == ["0.81", "0.10", "0.89"]
+    for page in ("README.md", "book/index.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert all(number in text for number in shown), page
 
 
 def test_the_example_runs() -> None:

@@ -54,12 +54,12 @@ def program(environment: Path) -> Path:
 
 
 def stand_in(python: Path) -> None:
-    """Give an environment an empty google.colab."""
+    """Give an environment a google.colab with nothing in it but a name that JAX imports."""
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     module = Path(packages, "google", "colab", "__init__.py")
     module.parent.mkdir(parents=True, exist_ok=True)
-    module.write_text('"""An empty stand-in: notebooks ask whether it is there."""\n')
+    module.write_text('"""A stand-in: notebooks ask whether it is there."""\n\noutput = None\n')
 
 
 def pip(python: Path, *arguments: str) -> None:

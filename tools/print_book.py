@@ -3,7 +3,7 @@
 Usage: python -m tools.print_book _build/html
 
 Writes _build/html/book/print.html, and _build/html/book.pdf. Folded solutions and folded code are open, views that need
-a script show their table.
+a script show the picture and the table that they have without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tools.toc import toc_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 PRINTED = "book/print.html"
-LEFT_OUT = "script, button, .headerlink, .prev-next-footer, .sd-stretched-link"
+LEFT_OUT = {"headerlink", "prev-next-footer", "sd-stretched-link"}
+"""Classes of what only a screen can use, besides scripts and buttons."""
 STYLE = """
 body { margin: 0 auto; max-width: 50rem; padding: 1rem; }
 section + section { break-before: page; }
@@ -32,8 +33,8 @@ pre { white-space: pre-wrap; }
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 
 
-def join(site: Path, names: list[str]) -> str:
-    """Return one page with the articles of the pages ``names``, such as ``book/index``, in this order."""
+def join(site: Path, names: list[str]) -> BeautifulSoup:
+    """Make one page of the articles of the pages ``names``, such as ``book/index``, in this order."""
     soups = {name: read(site / f"{name}.html") for name in names}
     articles = {name: article_of(soup) for name, soup in soups.items()}
     renamed = rename(articles)
@@ -54,7 +55,7 @@ def join(site: Path, names: list[str]) -> str:
         section = page.new_tag("section", id=place_of(name), attrs={"class": "printed-page"})
         section.extend(list(article.children))
         body.append(section)
-    return str(page)
+    return page
 
 
 def read(path: Path) -> BeautifulSoup:
@@ -64,12 +65,19 @@ def read(path: Path) -> BeautifulSoup:
 
 def article_of(soup: BeautifulSoup) -> Tag:
     """The text of a page, unfolded, without what only a screen can use."""
-    (article,) = soup.select("article.bd-article")
-    for useless in article.select(LEFT_OUT):
+    (article,) = soup.find_all("article", class_="bd-article")
+    for useless in article.find_all(is_useless):
         useless.decompose()
-    for folded in article.select("details"):
+    for folded in article.find_all("details"):
         folded["open"] = ""
     return article
+
+
+def is_useless(tag: Tag) -> bool:
+    """Whether a tag does nothing on paper."""
+    return tag.name in ("script", "button") or not LEFT_OUT.isdisjoint(
+        tag.get_attribute_list("class")
+    )
 
 
 def place_of(name: str) -> str:
@@ -82,7 +90,7 @@ def rename(articles: dict[str, Tag]) -> dict[tuple[str, str], str]:
     renamed: dict[tuple[str, str], str] = {}
     taken: set[str] = set()
     for name, article in articles.items():
-        for number, tag in enumerate(article.select("[id]")):
+        for number, tag in enumerate(article.find_all(id=True)):
             old = str(tag["id"])
             new = f"{place_of(name)}-{number}-{old}" if old in taken else old
             taken.add(new)
@@ -95,7 +103,7 @@ def relink(article: Tag, name: str, renamed: dict[tuple[str, str], str]) -> None
     """Point links between the pages at places inside the one page, and files at where they lie from there."""
     pages = {page for page, _ in renamed}
     for attribute in ("href", "src"):
-        for tag in article.select(f"[{attribute}]"):
+        for tag in article.find_all(None, {attribute: True}):
             address = str(tag[attribute])
             if address.startswith(("http:", "https:", "data:", "mailto:")):
                 continue
@@ -133,7 +141,7 @@ def main(site: Path) -> None:
     """Write the page and the PDF."""
     names = [str(path.relative_to(ROOT).with_suffix("").as_posix()) for path in toc_pages(ROOT)]
     page = site / PRINTED
-    page.write_text(join(site, names), encoding="utf-8")
+    page.write_text(str(join(site, names)), encoding="utf-8")
     to_pdf(page, site / "book.pdf")
 
 
