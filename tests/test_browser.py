@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
+from mha_lib import explore_attention, explore_split
 from tests.support import ROOT
 from tools.toc import toc_pages
 
@@ -23,6 +25,9 @@ ALL_PAGES = os.environ.get("MHA_PAGES") == "all"
 EXAMINED = PAGES if ALL_PAGES else ["index", "01_query_key_value", "08_induction", "claims", "api"]
 """The pages that axe goes through, which takes seconds for each; ``make test-all`` takes every page."""
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+
+EXPLORED = explore_attention(torch.eye(2), ["the", "cat"]).html
+SPLIT = explore_split(2, num_heads=2, head_dim=2).html
 
 each_page = pytest.mark.parametrize("name", PAGES)
 
@@ -191,6 +196,46 @@ def test_attention_is_explored_by_mouse_and_keyboard(desktop: Reader) -> None:
     view.get_by_label("view").select_option("matrix")
     assert view.locator(".stage canvas").is_visible()
     assert desktop.complaints == []
+
+
+def test_a_view_follows_the_colours_of_what_is_around_it(desktop: Reader) -> None:
+    page = desktop.open("book/03_logical_split.html")
+    view = page.locator(".mha-explorer").first
+    assert view.evaluate("view => view.style.colorScheme") == "light"
+    page.evaluate("document.body.style.setProperty('--pst-color-text-base', '#eee')")
+    page.wait_for_function(
+        "document.querySelector('.mha-explorer').style.colorScheme === 'dark'", timeout=5000
+    )
+    view.evaluate("view => view.remove()")
+    page.locator("button.theme-switch-button").first.click()
+    page.wait_for_timeout(100)
+    assert desktop.complaints == []
+
+
+@pytest.mark.parametrize("fragment", [EXPLORED, SPLIT], ids=["attention", "split"])
+def test_a_view_does_not_mind_one_that_a_host_has_stripped(desktop: Reader, fragment: str) -> None:
+    name = "mha-split" if "mha-split" in fragment else "mha-explorer"
+    desktop.page.set_content(f"<main><div class='{name}'><p>no data</p></div>{fragment}</main>")
+    stripped, whole = desktop.page.locator(f".{name}").all()
+    assert whole.evaluate("view => view.shadowRoot !== null")
+    assert stripped.evaluate("view => view.shadowRoot === null")
+    assert whole.get_attribute("data-lm-suppress-shortcuts") == "true"
+    assert desktop.complaints == []
+
+
+def test_a_token_that_was_found_is_scrolled_to(desktop: Reader) -> None:
+    tokens = [f"token{place}" for place in range(40)]
+    desktop.page.set_content(explore_attention(torch.eye(40), tokens).html)
+    search, found = (
+        desktop.page.get_by_role("searchbox"),
+        desktop.page.get_by_role("option", name="token33").first,
+    )
+    search.fill("token33")
+    search.press("Enter")
+    stage, item = desktop.page.locator(".stage").bounding_box(), found.bounding_box()
+    assert stage
+    assert item
+    assert stage["y"] <= item["y"] <= stage["y"] + stage["height"] - item["height"]
 
 
 def test_without_javascript_a_picture_and_a_table_are_left(browser: Browser, site: Path) -> None:

@@ -230,3 +230,13 @@ def test_who_wants_no_motion_gets_none(reader: Reader) -> None:
     assert cell(view(page), "right", 0).evaluate(time) == "0.6s"
     page.emulate_media(reduced_motion="reduce")
     assert cell(view(page), "right", 0).evaluate(time) == "0s"
+
+
+def test_no_picture_is_cut_off(sized: Reader) -> None:
+    for name in STEPS:
+        step(view(sized.page), name)
+        pictures = view(sized.page).locator(".scroll:visible").all()
+        assert pictures
+        for picture in pictures:
+            shown, whole = picture.evaluate("it => [it.clientHeight, it.scrollHeight]")
+            assert shown == whole > 36

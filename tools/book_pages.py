@@ -69,14 +69,16 @@ def add_run_time(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
 ) -> None:
     """Say below the title of a notebook how long it ran when that was measured last, and on what."""
-    measured = []
+    measured, on_gpu = [], False
     for path in sorted(Path(app.srcdir, "benchmarks", "run_times").glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         facts, seconds = results["provenance"], results["seconds"].get(Path(page).name)
         if seconds is not None:
+            on_gpu |= facts["gpu"] is not None
             machine = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores"
             measured.append(f"{seconds} s on {html.escape(machine)}")
     if measured:
+        measured += [] if on_gpu else ["not measured on a GPU yet"]
         line = f'<p class="run-time">Measured run time: {"; ".join(measured)}.</p>'
         context["body"] = context["body"].replace("</h1>", f"</h1>\n{line}", 1)
 
