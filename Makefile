@@ -1,6 +1,6 @@
 # make book       the book as HTML in _build/html
-# make test       everything that "done" means, in JOBS=2 processes
-# make test-all   make test and what takes longer
+# make test       everything that is done in minutes, in JOBS=3 processes
+# make test-all   make test, and what takes longer: the notebooks of LONG, all of them as on another machine, ...
 # make bench      measure this machine, and write benchmarks/results/
 # make print      the book as one page and as a PDF, in _build/html (needs Chromium or Chrome)
 # make env        the environment alone
@@ -12,11 +12,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
-JOBS ?= 2
+JOBS ?= 3
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard book/*.ipynb)
+LONG := book/07_vision.ipynb book/08_gpt.ipynb book/08_cache.ipynb
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
-.PHONY: env book print test test-all test-more test-second-machine test-colab bench chapter run needs-notebook format clean
+.PHONY: env book print test test-all test-more test-long test-second-machine test-colab bench chapter run needs-notebook format clean
 
 env: $(READY)
 
@@ -42,20 +45,24 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) $(BY_FILE) $(LONG:%=--ignore=%)
 
 test-all: test test-more
 
 # What test-all adds to test.
-test-more: test-second-machine test-colab
-	MHA_DRAWS=200 $(BIN)/python -m pytest tests/test_attention.py tests/test_heads.py tests/test_masks.py \
-		tests/test_modules.py tests/test_multihead.py
+test-more: test-long test-second-machine test-colab
+	MHA_DRAWS=200 $(PYTEST) tests/test_attention.py tests/test_heads.py tests/test_masks.py tests/test_modules.py \
+		tests/test_multihead.py
 	MHA_PAGES=all $(BIN)/python -m pytest tests/test_browser.py
-	MHA_ARCHITECTURES=all $(BIN)/python -m pytest tests/test_transformers.py
+	MHA_ARCHITECTURES=all $(PYTEST) tests/test_transformers.py
+
+# The notebooks that train for minutes.
+test-long: env
+	$(PYTEST) $(BY_FILE) $(LONG)
 
 # The notebooks once more as on another machine: plain CPU kernels.
 test-second-machine: env
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest book
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(BY_FILE) book
 
 # The Colab-ready copy of each notebook alone in an empty folder, with the versions that Colab has.
 test-colab: env
