@@ -15,7 +15,7 @@ BIN := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 JOBS ?= 3
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard book/*.ipynb)
-LONG := book/07_vision.ipynb book/08_gpt.ipynb book/08_cache.ipynb
+LONG := book/06_sentiment_and_search.ipynb book/07_vision.ipynb book/08_cache.ipynb book/08_gpt.ipynb
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
@@ -56,7 +56,7 @@ test-more: test-long test-second-machine test-colab
 	MHA_PAGES=all $(BIN)/python -m pytest tests/test_browser.py
 	MHA_ARCHITECTURES=all $(PYTEST) tests/test_transformers.py
 
-# The notebooks that train for minutes.
+# The notebooks that compute for minutes.
 test-long: env
 	$(PYTEST) $(BY_FILE) $(LONG)
 
