@@ -24,7 +24,7 @@ LEFT_OUT = {"headerlink", "prev-next-footer", "sd-stretched-link"}
 """Classes of what only a screen can use, besides scripts and buttons."""
 STYLE = """
 body { margin: 0 auto; max-width: 50rem; padding: 1rem; }
-section + section { break-before: page; }
+.printed-page + .printed-page { break-before: page; }
 img, tr, .mha-explorer { break-inside: avoid; }
 h1, h2, h3 { break-after: avoid; }
 img { max-height: 22rem; width: auto; }
