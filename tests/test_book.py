@@ -11,6 +11,7 @@ import pytest
 
 from tests import book_checks, code_checks, exercise_checks, site_checks
 from tests.support import ROOT
+from tests.test_explore import COMMITTED_BYTES
 from tools.toc import toc_pages
 
 PACKAGE = ROOT / "mha_lib"
@@ -87,7 +88,7 @@ def test_attention_can_be_explored_in_the_chapter(chapter: str) -> None:
         if 'class="mha-explorer"' in (page := output.data.get("text/html", ""))
     ]
     assert views
-    assert all(len(view.encode()) < 200_000 for view in views)
+    assert all(len(view.encode()) < COMMITTED_BYTES for view in views)
 
 
 def test_the_code_of_the_book_is_the_code_of_the_library() -> None:
